@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "importance_math.h"
 
 namespace alr {
 
@@ -65,7 +66,7 @@ ALR_HOST_DEVICE float step_element(float before, float g, float& exp_avg, float&
 
 // path_integral += -g (stored_after - before)
 ALR_HOST_DEVICE float record_element(float path_integral, float g, float stored_after, float before) {
-  return path_integral - g * (stored_after - before);
+  return accumulate(path_integral, g, stored_after, before);
 }
 
 }  // namespace alr

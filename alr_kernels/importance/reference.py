@@ -55,9 +55,9 @@ def finalise(
         floor = xi
         if relative:  # ξ = ρ · mean((θ_end − θ_start)²); a tensor that did not move has ω = 0, hence Ω = 0
             floor = xi * float(move_sq.double().mean()) if move_sq.numel() else 0.0
-        importance = path_integral.clamp(min=0) / (move_sq + floor)
+        importance = torch.where(path_integral > 0, path_integral / (move_sq + floor), 0.0)
         finite = torch.isfinite(path_integral) & torch.isfinite(importance)
-        importance = torch.where(finite & (path_integral > 0), importance, 0.0)
+        importance = torch.where(finite, importance, 0.0)
         omega = torch.where(finite, path_integral, 0.0).double()
         wide = importance.double()
         count = max(importance.numel(), 1)

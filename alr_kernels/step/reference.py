@@ -62,6 +62,7 @@ def step_(
         if importances and mode == "proximal":
             after = penalty.proximal(after, anchor, k, s.lr, denom)
 
-        param.copy_(after)
+        stored = after.to(param.dtype)
         if path_integrals:
-            path_integrals[i].sub_(g * (param.to(compute) - before))
+            path_integrals[i].sub_(g * (stored.to(compute) - before))
+        param.copy_(stored)

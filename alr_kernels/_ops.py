@@ -1,0 +1,330 @@
+"""The dispatch table: which implementation serves which device, and the torch.library registrations.
+
+Eager callers use :func:`step_`, :func:`accumulate_` and :func:`finalise`, which pick a backend and call its
+launcher. The same functions are registered as ``torch.ops.alr_kernels.*`` with schemas and fakes for
+``torch.compile``. Device tests live here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _validate
+from .importance import native as importance_native
+from .importance import reference as importance_reference
+from .step import native as step_native
+from .step import reference as step_reference
+from .step import triton_kernel as step_triton
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+BACKENDS = ("auto", "reference", "native", "triton")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve this device or dtype."""
+
+
+# ---------------------------------------------------------------- who serves what
+
+
+def step_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Return backend → '' when it can step such parameters, else the reason why not; best first."""
+    narrow = "" if dtype != torch.float64 else "float64 parameters go through the reference"
+    triton = narrow or ("" if (found := step_triton.available(device_type))[0] else found[1])
+    native = narrow or ("" if (found := step_native.available())[0] else found[1])
+    if device_type != "cpu":
+        native = f"it serves CPU parameters, not {device_type}"
+    if device_type == "cpu":  # Triton reaches CPU tensors only through its interpreter: never the default
+        return {"native": native, "reference": "", "triton": triton}
+    return {"triton": triton, "reference": "", "native": native}
+
+
+def importance_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Return backend → '' or the reason, for accumulate and finalise."""
+    reason = "" if dtype != torch.float64 else "float64 parameters go through the reference"
+    if not reason:
+        reason = importance_native.unavailable_reason(device_type)
+    return {"native": reason, "reference": ""}
+
+
+def choose_step_backend(requested: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Return the backend that serves, honouring an explicit request.
+
+    Raises:
+        BackendUnavailableError: the requested backend cannot serve, with the reason.
+    """
+    _validate.choice("backend", requested, BACKENDS)
+    table = step_backends(device.type, dtype)
+    if requested == "auto":
+        return next(name for name, reason in table.items() if not reason)
+    if table[requested]:
+        raise BackendUnavailableError(
+            f"backend={requested!r} cannot step {dtype} parameters on {device.type}: {table[requested]}. "
+            "Use backend='auto', or run `alr-kernels doctor`."
+        )
+    return requested
+
+
+_STEP = {"reference": step_reference.step_, "native": step_native.step_, "triton": step_triton.step_}
+_IMPORTANCE = {"reference": importance_reference, "native": importance_native}
+
+
+# ---------------------------------------------------------------- layouts
+
+
+def _same_dense_layout(tensors: Sequence[Tensor]) -> bool:
+    """Whether one linear walk over memory visits the same element of every tensor."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return True
+    first = tensors[0]
+    return all(tensor.stride() == first.stride() for tensor in tensors[1:]) and _is_dense(first)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory without holes or overlaps."""
+    expected = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _in_layout(columns: dict[str, Sequence[Tensor]], mutated: set[str]) -> tuple[dict[str, list[Tensor]], list[Any]]:
+    """Make every row of operands share one dense layout.
+
+    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout are replaced by
+    contiguous copies; the second result lists (original, copy) pairs to write back after the kernel.
+    """
+    result = {name: list(tensors) for name, tensors in columns.items()}
+    write_back: list[tuple[Tensor, Tensor]] = []
+    present = [name for name, tensors in result.items() if tensors]
+    for i in range(len(result[present[0]]) if present else 0):
+        if _same_dense_layout([result[name][i] for name in present]):
+            continue
+        for name in present:
+            original = result[name][i]
+            copy = original.contiguous()
+            if name in mutated and copy is not original:
+                write_back.append((original, copy))
+            result[name][i] = copy
+    return result, write_back
+
+
+# ---------------------------------------------------------------- the ops
+
+
+@torch.no_grad()
+def _step_eager(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    path_integrals: Sequence[Tensor],
+    curvature_scales: Sequence[float],
+    steps: Sequence[float],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    mode: str,
+    maximize: bool,
+    backend: str = "auto",
+) -> None:
+    if not params:
+        return
+    chosen = choose_step_backend(backend, params[0].device, params[0].dtype)
+    columns = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "importances": importances,
+        "anchors": anchors,
+        "path_integrals": path_integrals,
+    }
+    write_back: list[Any] = []
+    if chosen != "reference":  # the reference indexes logically and takes any strides
+        columns, write_back = _in_layout(columns, {"params", "exp_avgs", "exp_avg_sqs", "path_integrals"})
+    _STEP[chosen](
+        *columns.values(),
+        curvature_scales,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mode=mode,
+        maximize=maximize,
+    )
+    for original, copy in write_back:
+        original.copy_(copy)
+
+
+@torch.no_grad()
+def _accumulate_eager(
+    path_integrals: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    maximize: bool = False,
+) -> None:
+    columns = {"path_integrals": path_integrals, "grads": grads, "params": params, "previous": previous}
+    laid, write_back = _in_layout(columns, {"path_integrals", "previous"})
+    for rows, backend in _by_backend(laid["params"]):
+        _IMPORTANCE[backend].accumulate_(*([column[i] for i in rows] for column in laid.values()), maximize=maximize)
+    for original, copy in write_back:
+        original.copy_(copy)
+
+
+@torch.no_grad()
+def _finalise_eager(
+    path_integrals: Sequence[Tensor],
+    params: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    xi: float,
+    relative: bool = False,
+) -> tuple[list[Tensor], Tensor]:
+    laid, _ = _in_layout({"path_integrals": path_integrals, "params": params, "starts": starts}, set())
+    importances: list[Any] = [None] * len(laid["params"])
+    stats = torch.zeros(len(importances), len(importance_reference.STATISTICS), dtype=torch.float64)
+    for rows, backend in _by_backend(laid["params"]):
+        found, table = _IMPORTANCE[backend].finalise(
+            *([column[i] for i in rows] for column in laid.values()), xi, relative=relative
+        )
+        for i, importance in zip(rows, found, strict=True):
+            importances[i] = importance
+        stats[rows] = table
+    return importances, stats
+
+
+def _by_backend(params: Sequence[Tensor]) -> list[tuple[list[int], str]]:
+    """Group row numbers by device and by the backend that serves them."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for i, param in enumerate(params):
+        table = importance_backends(param.device.type, param.dtype)
+        backend = next(name for name, reason in table.items() if not reason)
+        groups.setdefault((str(param.device), backend), []).append(i)
+    return [(rows, backend) for (_, backend), rows in groups.items()]
+
+
+_LIBRARY = torch.library.Library("alr_kernels", "DEF")
+_LIBRARY.define(
+    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, float[] curvature_scales, float[] steps, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, str mode, bool maximize, "
+    'str backend="auto") -> ()'
+)
+_LIBRARY.define(
+    "accumulate_(Tensor(a!)[] path_integrals, Tensor[] grads, Tensor[] params, Tensor(b!)[] previous, "
+    "bool maximize=False) -> ()"
+)
+_LIBRARY.define(
+    "finalise(Tensor[] path_integrals, Tensor[] params, Tensor[] starts, float xi, bool relative=False) "
+    "-> (Tensor[], Tensor)"
+)
+_LIBRARY.impl("step_", _step_eager, "CompositeExplicitAutograd")
+_LIBRARY.impl("accumulate_", _accumulate_eager, "CompositeExplicitAutograd")
+_LIBRARY.impl("finalise", _finalise_eager, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("alr_kernels::step_", lib=_LIBRARY)
+def _step_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("alr_kernels::accumulate_", lib=_LIBRARY)
+def _accumulate_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("alr_kernels::finalise", lib=_LIBRARY)
+def _finalise_fake(
+    path_integrals: Sequence[Tensor], params: Sequence[Tensor], *_: Any, **__: Any
+) -> tuple[list[Tensor], Tensor]:
+    stats = torch.empty(len(params), len(importance_reference.STATISTICS), dtype=torch.float64, device="cpu")
+    return [torch.empty_like(path_integral) for path_integral in path_integrals], stats
+
+
+def step_(*args: Any, **kwargs: Any) -> None:
+    """Take one AdamW step with penalty and recording over a list of tensors, in place.
+
+    Formula: ``alr_kernels/step/reference.py``. All lists have one entry per parameter; ``importances`` and
+    ``anchors`` are empty for no penalty, ``path_integrals`` is empty for no recording.
+
+    Args:
+        params: [n tensors] float32, bfloat16, float16 or float64: θ, mutated.
+        grads: same shapes, any of these dtypes: gradient of the task loss, unscaled.
+        exp_avgs, exp_avg_sqs: same shapes, float32 (float64 for float64 params): Adam's moments, mutated.
+        importances: same shapes, float32, ≥ 0: Ω.
+        anchors: same shapes and dtype as params: θ*.
+        path_integrals: same shapes, float32: ω, mutated.
+        curvature_scales: n numbers ≥ 0: 2·λ·α/normaliser of each tensor; k = scale · Ω.
+        steps: n numbers ≥ 1: the step count of each tensor, this step included.
+        lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW. mode: ``"coupled"`` or ``"proximal"``.
+        maximize: ascend instead of descend. backend: ``"auto"`` or one by name.
+
+    Raises:
+        BackendUnavailableError: an explicit backend cannot serve these tensors.
+
+    Source: arXiv 2501.13669, eq. 7 (coupled); the proximal step is derived in docs/method.md.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.alr_kernels.step_(*args, **kwargs)
+    else:
+        _step_eager(*args, **kwargs)
+
+
+def accumulate_(*args: Any, **kwargs: Any) -> None:
+    """Add −g · (θ − θ_previous) to ω and set θ_previous ← θ, over a list of tensors, in place.
+
+    Args:
+        path_integrals: [n tensors] float32 (float64 for float64 params): ω, mutated.
+        grads: same shapes: gradient of the task loss, unscaled.
+        params: same shapes: θ after the step.
+        previous: same shapes and dtype as params: θ before the step, mutated.
+        maximize: whether the step ascended.
+
+    Source: arXiv 2501.13669, eq. 3.
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.alr_kernels.accumulate_(*args, **kwargs)
+    else:
+        _accumulate_eager(*args, **kwargs)
+
+
+def finalise(*args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
+    """Return (Ω per tensor, statistics) with Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ), in one pass.
+
+    Args:
+        path_integrals: [n tensors] float32: ω. params: θ_end. starts: θ_start, dtype as params.
+        xi: ξ > 0, in units of θ²; with ``relative`` in units of each tensor's mean((θ_end − θ_start)²).
+
+    Returns:
+        list of Ω, dtype and shape as ω, 0 where ω is not finite; [n, 7] float64 on the CPU, columns
+        ``importance.reference.STATISTICS``.
+
+    Source: arXiv 2501.13669, eq. 4-5, clamped once at the end.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.alr_kernels.finalise(*args, **kwargs)
+    return _finalise_eager(*args, **kwargs)
+
+
+def doctor_table(device_type: str) -> dict[str, dict[str, str]]:
+    """Return op → backend → '' or why not, for ``alr-kernels doctor``."""
+    return {
+        "step": step_backends(device_type, torch.float32),
+        "importance": importance_backends(device_type, torch.float32),
+    }
+

@@ -1,0 +1,312 @@
+"""Every check on what users hand in, and its message: expected, got, for which parameter, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+UNSUPPORTED_FLAGS = {
+    "amsgrad": "AMSGrad is not implemented; leave it out",
+    "foreach": "one fused pass serves all tensors; choose with backend= instead",
+    "fused": "the step is always fused; choose with backend= instead",
+    "capturable": "CUDA graph capture is not supported yet; leave it out",
+    "differentiable": "the step is not differentiable; leave it out",
+}
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """Return at most ``limit`` names and how many more there are."""
+    ordered = sorted(names)
+    tail = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(repr(name) for name in ordered[:limit]) + tail
+
+
+def choice(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{option}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def number(option: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
+    """Return ``value`` as float when it lies in [low, high) (or (low, high) with ``open_low``)."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{option}: expected a number, got {type(value).__name__} {value!r}") from None
+    if not (low <= result < high) or (open_low and result == low):
+        raise ValueError(f"{option}: expected a number in {'(' if open_low else '['}{low}, {high}), got {value!r}")
+    return result
+
+
+def temperature(value: Any) -> float:
+    if isinstance(value, str):
+        raise ValueError(f"temperature: expected 'auto' or a number > 0, got {value!r}")
+    return number("temperature", value, open_low=True)
+
+
+def unsupported_flags(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name in UNSUPPORTED_FLAGS:
+            raise TypeError(f"AlrAdamW does not take {name}={value!r}: {UNSUPPORTED_FLAGS[name]}.")
+        raise TypeError(f"AlrAdamW got an unknown option {name!r}; see help(AlrAdamW) for the options.")
+
+
+def group_options(group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Check one param group's hyper-parameters."""
+    unsupported_flags({key: value for key, value in group.items() if key in UNSUPPORTED_FLAGS})
+    allowed = {*known, "params", "param_names", "initial_lr"}
+    for key in group:  # other keys are the user's own (schedulers read them); a misspelt option is an error
+        near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.8) if key not in allowed else []
+        if near:
+            raise TypeError(f"param group has an unknown option {key!r}; did you mean {near[0]!r}?")
+    for option in ("lr", "eps", "weight_decay", "reg_lambda"):
+        number(option, group[option])
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas: expected a pair of numbers, got {betas!r}")
+    for position, beta in enumerate(betas):
+        number(f"betas[{position}]", beta, high=1.0)
+
+
+def parameter(name: str, param: Tensor) -> None:
+    """Check that a parameter has a dtype and layout that a step can update."""
+    if param.is_complex():
+        raise TypeError(f"parameter {name!r}: complex parameters ({param.dtype}) are not supported; view_as_real() it.")
+    if param.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"parameter {name!r}: expected dtype float32, bfloat16, float16 or float64, got {param.dtype}; "
+            "freeze it or convert it."
+        )
+    if param.layout is not torch.strided:
+        raise TypeError(f"parameter {name!r}: expected a strided tensor, got layout {param.layout}.")
+
+
+def no_duplicates(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a tensor that is listed twice (tied weights are stepped once)."""
+    seen: dict[int, str] = {}
+    for name, param in named:
+        other = seen.setdefault(id(param), name)
+        if other != name:
+            raise ValueError(
+                f"parameter {name!r} is the same tensor as {other!r} (tied weights) and would be stepped twice; "
+                "pass each tensor once, as model.named_parameters() does by default."
+            )
+
+
+def distinct_names(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(
+                f"two parameters are called {name!r} once the components that wrappers add are stripped; rename one."
+            )
+        seen.add(name)
+
+
+def gradient(name: str, param: Tensor, grad: Tensor) -> None:
+    """The per-step checks on a gradient: cheap, no device sync."""
+    if grad.layout is not torch.strided:
+        raise RuntimeError(
+            f"parameter {name!r}: AlrAdamW does not support sparse gradients (layout {grad.layout}); "
+            "use sparse=False in the embedding."
+        )
+    if grad.shape != param.shape:
+        raise RuntimeError(
+            f"parameter {name!r}: gradient of shape {tuple(grad.shape)}, expected {tuple(param.shape)}."
+        )
+
+
+def steppable(name: str, param: Tensor) -> None:
+    """Refuse, before the first step, tensors that an in-place step over local memory cannot update."""
+    if hasattr(param, "to_local"):
+        raise RuntimeError(
+            f"parameter {name!r} is a DTensor: sharded parameters (FSDP2, tensor parallel) are not supported yet; "
+            "use DDP or a single process."
+        )
+    if param.is_meta:
+        raise RuntimeError(f"parameter {name!r} is on the meta device: materialise the model before the first step.")
+    if torch._debug_has_internal_overlap(param) == 1:
+        raise RuntimeError(
+            f"parameter {name!r}: strides {param.stride()} for shape {tuple(param.shape)} make elements share memory "
+            "(an expanded view); use .contiguous() before making it a parameter."
+        )
+
+
+def importance_values(name: str, importance: Tensor) -> None:
+    """Refuse negative and non-finite importance. One pass over the tensor."""
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        got = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(f"importance of {name!r}: expected a floating-point tensor, got {got}.")
+    if importance.numel() == 0:
+        return
+    low, high = (float(bound) for bound in torch.aminmax(importance.detach()))
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(
+            f"importance of {name!r}: expected finite values, got min {low}, max {high}; record it again or mask them."
+        )
+    if low < 0:
+        raise ValueError(
+            f"importance of {name!r}: expected values ≥ 0, got min {low:.3g}; "
+            "signed path integrals are finalised with recorded_importance(), which clamps once."
+        )
+
+
+def importance_shape(name: str, importance: Tensor, param: Tensor) -> None:
+    if importance.shape != param.shape:
+        raise ValueError(
+            f"importance of {name!r}: expected shape {tuple(param.shape)} as the parameter, "
+            f"got {tuple(importance.shape)}; was it recorded on another model?"
+        )
+
+
+def importance_names(entries: Iterable[str], params: Iterable[str]) -> None:
+    """Refuse entries that match no parameter."""
+    params = set(params)
+    unmatched = [name for name in entries if name not in params]
+    if unmatched:
+        raise ValueError(
+            f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; parameters are "
+            f"{listed(params, 3)}. If only some parameters are trained, pass "
+            "importance.select(name for name, _ in named_parameters)."
+        )
+
+
+def named_for_mapping(what: str) -> None:
+    raise ValueError(
+        f"{what}: a mapping needs named parameters, got unnamed ones; pass model.named_parameters() "
+        "(or groups of (name, tensor) pairs), or a sequence aligned with the parameters."
+    )
+
+
+def sequence_length(what: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ValueError(f"{what}: expected a sequence of {expected} tensors, one per parameter, got {got}.")
+
+
+def some_importance(norms: Mapping[str, float]) -> None:
+    if not norms or not any(norm > 0 for norm in norms.values()):
+        raise ValueError(
+            "importance: expected at least one positive value, got zero everywhere; "
+            "was it recorded (record=True, at least one step) before it was finalised? For no penalty pass None."
+        )
+
+
+def coefficient_mapping(coeffs: Mapping[str, float], layers: set[str]) -> None:
+    """Check a user's layer → α mapping against the layers of the importance."""
+    if not isinstance(coeffs, Mapping):
+        raise TypeError(f"coeffs: expected a rule's name or a mapping layer → number, got {type(coeffs).__name__}.")
+    missing, extra = layers - set(coeffs), set(coeffs) - layers
+    if missing or extra:
+        raise ValueError(
+            "coeffs: expected one number for each layer"
+            + (f"; missing {listed(missing)}" if missing else "")
+            + (f"; unknown {listed(extra)}" if extra else "")
+            + ". layer_coefficients(importance) shows the layers' names."
+        )
+    for layer, value in coeffs.items():
+        number(f"coeffs[{layer!r}]", value)
+
+
+def anchor_mapping(anchors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Check a user's name → θ* mapping against the parameters that have importance."""
+    missing = [name for name in wanted if name not in anchors]
+    extra = [name for name in anchors if name not in wanted]
+    if missing or extra:
+        raise ValueError(
+            "anchor: expected one tensor for each parameter with importance"
+            + (f"; missing {listed(missing)}" if missing else "")
+            + (f"; not penalised {listed(extra)}" if extra else "")
+            + "."
+        )
+    for name, anchor in anchors.items():
+        if anchor.shape != wanted[name].shape:
+            raise ValueError(
+                f"anchor of {name!r}: expected shape {tuple(wanted[name].shape)}, got {tuple(anchor.shape)}."
+            )
+        if not bool(torch.isfinite(anchor).all()):
+            raise ValueError(f"anchor of {name!r}: expected finite values, got NaN or inf.")
+
+
+def finite_recording(nonfinite: Mapping[str, float], allow: bool) -> None:
+    bad = {name: int(count) for name, count in nonfinite.items() if count}
+    if bad and not allow:
+        raise ValueError(
+            f"path integral: {sum(bad.values())} non-finite element(s) in {listed(bad)}: a gradient was NaN or inf "
+            "while recording. They would be given importance 0; pass allow_nonfinite=True to accept that."
+        )
+
+
+def recording(recorded: bool, has_state: bool) -> None:
+    if not recorded:
+        raise RuntimeError("recorded_importance: this optimizer does not record; construct it with record=True.")
+    if not has_state:
+        raise RuntimeError("recorded_importance: no step has been taken yet, so there is nothing to finalise.")
+
+
+def state_dict(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fingerprint: str | None) -> None:
+    """Check a state_dict before anything of the optimizer is changed."""
+    if "state" not in saved or "param_groups" not in saved:
+        raise ValueError(f"state_dict: expected keys 'state' and 'param_groups', got {listed(map(str, saved))}.")
+    saved_groups = saved["param_groups"]
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            f"state_dict: expected param groups of {[len(g['params']) for g in groups]} parameters, "
+            f"got {[len(g['params']) for g in saved_groups]}; build the optimizer with the groups it was saved with."
+        )
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        if saved_group.get("amsgrad"):
+            raise ValueError("state_dict: it was saved with amsgrad=True, which AlrAdamW does not implement.")
+        for key, param in zip(saved_group["params"], group["params"], strict=True):
+            for field, value in saved["state"].get(key, {}).items():
+                if field != "step" and isinstance(value, Tensor) and value.shape != param.shape:
+                    raise ValueError(
+                        f"state_dict: {field} of parameter {key} has shape {tuple(value.shape)}, "
+                        f"expected {tuple(param.shape)}; it belongs to another model or order of parameters."
+                    )
+    saved_print = saved_groups[0].get("importance_fingerprint") if saved_groups else None
+    if saved_print is not None and saved_print != fingerprint:
+        raise ValueError(
+            f"state_dict: it was saved with importance {saved_print}, this optimizer has {fingerprint or 'none'}; "
+            "construct it with the same importance file, or start a new phase instead of resuming."
+        )
+
+
+def recorder_grads(had: bool, has: bool) -> None:
+    if had and not has:
+        raise RuntimeError(
+            "ImportanceRecorder: the optimizer released every gradient during step(), so −g·Δθ cannot be formed; "
+            "record with AlrAdamW(record=True) instead."
+        )
+
+
+def recorder_scaling(grad_scale: object) -> None:
+    if grad_scale is not None:
+        raise RuntimeError(
+            "ImportanceRecorder: this optimizer receives gradients that are still multiplied by the loss scale; "
+            "call scaler.unscale_(optimizer) before scaler.step(optimizer)."
+        )
+
+
+def recorder_members(named: Mapping[str, Tensor], optimizer_params: Iterable[Tensor]) -> None:
+    stepped = {id(param) for param in optimizer_params}
+    strangers = [name for name, param in named.items() if id(param) not in stepped]
+    if strangers or not named:
+        raise ValueError(
+            f"ImportanceRecorder: expected parameters of the optimizer, got {listed(strangers) or 'none'}; "
+            "pass the named parameters that this optimizer steps."
+        )
+
+
+def importance_path(path: str | PathLike[str]) -> str:
+    text = str(path)
+    if not text.endswith(".safetensors"):
+        raise ValueError(f"importance file: expected a name ending in .safetensors, got {text!r}.")
+    return text

@@ -1,0 +1,160 @@
+"""The path integral for any torch optimizer, through its step hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _ops, _validate
+from ..names import unwrap
+from .artifact import Importance, TensorStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+
+def finalised(
+    names: list[str],
+    path_integrals: list[Tensor],
+    params: list[Tensor],
+    starts: list[Tensor],
+    *,
+    xi: float,
+    relative: bool,
+    steps: int,
+    allow_nonfinite: bool,
+) -> Importance:
+    """Turn recorded ω into an :class:`Importance`; used by the recorder and by ``AlrAdamW``."""
+    xi = _validate.number("xi", xi, open_low=True)
+    tensors, stats = _ops.finalise(path_integrals, params, starts, xi, relative=relative)
+    rows = {
+        name: TensorStats(*row[:5], numel=int(row[5]), nonfinite=int(row[6]))
+        for name, row in zip(names, stats.tolist(), strict=True)
+    }
+    _validate.finite_recording({name: row.nonfinite for name, row in rows.items()}, allow_nonfinite)
+    return Importance(
+        dict(zip(names, tensors, strict=True)),
+        method="path_integral",
+        xi=xi,
+        relative=relative,
+        steps=steps,
+        stats=rows,
+    )
+
+
+class ImportanceRecorder:
+    """Integrate ω += −g · (θ_after − θ_before) around every ``optimizer.step()``.
+
+    Works with any ``torch.optim.Optimizer``. It keeps three float tensors a parameter: ω (float32), the weights
+    at the start, and the weights after the last step. ``AlrAdamW(record=True)`` does the same inside its own
+    pass and keeps two.
+
+    Gradients are read after the step: they must be those of the task loss (no penalty added), unscaled. If they
+    were clipped before the step, ω is scaled by the clip factor. Steps that a ``GradScaler`` skips are skipped.
+
+    Args:
+        optimizer: the optimizer that steps the parameters.
+        named_parameters: (name, tensor) pairs, all stepped by ``optimizer``.
+
+    Raises:
+        ValueError: a tensor is not one of the optimizer's, or comes twice.
+        RuntimeError: gradients reach the step still multiplied by a loss scale, or are released within it.
+
+    Source: arXiv 2501.13669, eq. 3; Zenke et al. 2017, eq. 3.
+
+    >>> import torch
+    >>> layer = torch.nn.Linear(2, 1)
+    >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    >>> with ImportanceRecorder(optimizer, layer.named_parameters()) as recorder:
+    ...     layer(torch.ones(1, 2)).square().sum().backward()
+    ...     _ = optimizer.step()
+    >>> sorted(recorder.finalise(xi=1e-6))
+    ['bias', 'weight']
+    """
+
+    def __init__(self, optimizer: Optimizer, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        pairs = [(unwrap(name), param) for name, param in named_parameters]
+        _validate.distinct_names(name for name, _ in pairs)
+        _validate.no_duplicates(pairs)
+        self._params = {name: param for name, param in pairs if param.requires_grad}
+        _validate.recorder_members(self._params, (p for group in optimizer.param_groups for p in group["params"]))
+        self._maximize = {id(p): bool(g.get("maximize")) for g in optimizer.param_groups for p in g["params"]}
+        self._starts: dict[str, Tensor] = {}
+        self._previous: dict[str, Tensor] = {}
+        self._path_integrals: dict[str, Tensor] = {}
+        self._versions: dict[str, tuple[int, int]] = {}
+        self._had_grads = False
+        self.steps = 0
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def __enter__(self) -> ImportanceRecorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the hooks; what was recorded stays and can still be finalised."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        _validate.recorder_scaling(getattr(optimizer, "grad_scale", None))
+        self._had_grads = any(param.grad is not None for param in self._params.values())
+        for name, param in self._params.items():
+            if name not in self._starts:
+                self._starts[name] = param.detach().clone()
+                self._previous[name] = self._starts[name].clone()
+                compute = torch.promote_types(param.dtype, torch.float32)
+                self._path_integrals[name] = torch.zeros_like(param, dtype=compute)
+            elif self._versions.get(name) != (param.data_ptr(), param._version):
+                self._previous[name].copy_(param)  # moved between two steps: that move is not the optimizer's
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)
+        live = [name for name, param in self._params.items() if param.grad is not None]
+        _validate.recorder_grads(self._had_grads, bool(live))
+        if found_inf is None or not bool(found_inf):
+            for maximize in (False, True):
+                names = [name for name in live if self._maximize.get(id(self._params[name]), False) is maximize]
+                if names:
+                    _ops.accumulate_(
+                        [self._path_integrals[name] for name in names],
+                        [self._params[name].grad for name in names],
+                        [self._params[name] for name in names],
+                        [self._previous[name] for name in names],
+                        maximize=maximize,
+                    )
+            self.steps += 1
+        for name, param in self._params.items():
+            self._versions[name] = (param.data_ptr(), param._version)
+
+    def finalise(self, xi: float = 1e-6, *, relative: bool = False, allow_nonfinite: bool = False) -> Importance:
+        """Return Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ); a pure read, recording may go on.
+
+        Args: as ``AlrAdamW.recorded_importance``.
+
+        Raises:
+            RuntimeError: no step was recorded.
+            ValueError: ξ ≤ 0, or non-finite ω without ``allow_nonfinite``.
+        """
+        _validate.recording(True, bool(self._starts))
+        names = list(self._starts)
+        return finalised(
+            names,
+            [self._path_integrals[name] for name in names],
+            [self._params[name] for name in names],
+            [self._starts[name] for name in names],
+            xi=xi,
+            relative=relative,
+            steps=self.steps,
+            allow_nonfinite=allow_nonfinite,
+        )

@@ -1,0 +1,1 @@
+"""One AdamW step with penalty and recording: reference (read first), native C++, Triton."""
