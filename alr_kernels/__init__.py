@@ -2,13 +2,32 @@
 
 record:  grad ── importance/ ──▶ Importance ── coefficients.py ──▶ coeffs
 tune:    param, grad, state ──── step/ (penalty inside) ────────▶ param'
+
+Names are imported on first use, so that the command line answers before torch is loaded.
 """
 
-from ._ops import BackendUnavailableError
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
-from .coefficients import LayerCoefficients, layer_coefficients
-from .importance import Importance, ImportanceFileError, ImportanceRecorder
-from .optim import AlrAdamW
+
+if TYPE_CHECKING:
+    from ._ops import BackendUnavailableError
+    from .coefficients import LayerCoefficients, layer_coefficients
+    from .importance import Importance, ImportanceFileError, ImportanceRecorder
+    from .optim import AlrAdamW
+
+_HOME = {
+    "AlrAdamW": "optim",
+    "BackendUnavailableError": "_ops",
+    "Importance": "importance",
+    "ImportanceFileError": "importance",
+    "ImportanceRecorder": "importance",
+    "LayerCoefficients": "coefficients",
+    "layer_coefficients": "coefficients",
+}
 
 __all__ = [
     "AlrAdamW",
@@ -20,3 +39,15 @@ __all__ = [
     "__version__",
     "layer_coefficients",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'alr_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

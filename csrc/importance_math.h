@@ -23,9 +23,9 @@ ALR_HOST_DEVICE bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
 // Returns the importance, 0 where it or the path integral is not finite; `finite` says which.
 ALR_HOST_DEVICE float finalise(float path_integral, float move_sq, float floor, bool& finite) {
-  const float importance = (path_integral > 0.0f ? path_integral : 0.0f) / (move_sq + floor);
+  const float importance = path_integral > 0.0f ? path_integral / (move_sq + floor) : 0.0f;
   finite = is_finite(path_integral) && is_finite(importance);
-  return finite && path_integral > 0.0f ? importance : 0.0f;
+  return finite ? importance : 0.0f;
 }
 
 // Sums over one chunk (later over one tensor) from which the statistics follow; all are float64, so

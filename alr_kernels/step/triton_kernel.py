@@ -4,6 +4,8 @@ The formulas repeat ``reference.py``, ``penalty.py`` and ``csrc/step_math.h``: s
 square root are the IEEE ones and contraction into fused multiply-adds is off, so that results agree bit for bit.
 """
 
+# mypy: allow-untyped-defs
+# ruff: noqa: N803 - compile-time flags are capitals, as in Triton's own code
 from __future__ import annotations
 
 import contextlib
@@ -17,19 +19,19 @@ try:
     import triton
     import triton.language as tl
 except ImportError as error:  # available() explains; everything below stays importable
-    triton, tl, _missing, _interpreted = None, None, str(error), False
-else:
-    _missing, _interpreted = "", bool(triton.knobs.runtime.interpret)  # @triton.jit reads it here, once
+    triton, tl, _missing = None, None, str(error)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-# 8 elements a thread at 4 warps of 32: one 128-bit access for 2-byte operands, two for float32. 33-56 registers on
-# sm_80 to sm_100, no stack (ptxas of Triton 3.9.0; tests/test_step_triton_aot.py asserts it).
+# 4 elements a thread: 128-bit accesses for float32, 64-bit for 2-byte operands, 64 registers on sm_80 to sm_100, no
+# stack. 8 a thread make 2-byte operands 128-bit too, but then operands of different width meet in shared memory and
+# registers rise to 112-164 (ptxas of Triton 3.6.0 and 3.9.0; tests/test_step_triton_aot.py asserts the former).
 BLOCK = 1024
-NUM_WARPS = 4
+THREADS = 256
+OPTIONS = {"num_warps": THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
 ALIGNMENT = 16  # bytes, of every operand, for 128-bit accesses
 
 
@@ -85,8 +87,9 @@ def proximal(adam_point, anchor, k, lr, denom):
 
 @_jit
 def step_element(
-    before, g, exp_avg, exp_avg_sq, importance, anchor, curvature_scale, s, HAS_PENALTY: tl.constexpr, MODE: tl.constexpr
-):
+    before, g, exp_avg, exp_avg_sq, importance, anchor, curvature_scale, s,
+    HAS_PENALTY: tl.constexpr, MODE: tl.constexpr,
+):  # fmt: skip
     # Return the new parameter before it is rounded to storage, and the moments. `g` has maximize's sign.
     adam_grad = g
     if HAS_PENALTY:
@@ -97,9 +100,8 @@ def step_element(
     exp_avg_sq = exp_avg_sq * s.beta2 + adam_grad * adam_grad * s.one_minus_beta2
     denom = tl.math.sqrt_rn(exp_avg_sq) * s.rsqrt_bias2 + s.eps
     after = before * s.decay - tl.math.div_rn(exp_avg * s.step_size, denom)
-    if HAS_PENALTY:
-        if MODE == 1:  # proximal
-            after = proximal(after, anchor, k, s.lr, denom)
+    if HAS_PENALTY and MODE == 1:  # proximal
+        after = proximal(after, anchor, k, s.lr, denom)
     return after, exp_avg, exp_avg_sq
 
 
@@ -221,7 +223,7 @@ def available(device_type: str) -> tuple[bool, str]:
     if triton is None:
         return False, f"Triton cannot be imported ({_missing}); install triton to use the fused step"
     if device_type == "cpu":
-        if _interpreted:
+        if not isinstance(step_kernel, triton.JITFunction):  # Triton's knob, as it stood at import
             return True, ""
         return False, "Triton has no CPU backend here; set TRITON_INTERPRET=1 before import to run its interpreter"
     if device_type not in ("cuda", "xpu"):
@@ -281,7 +283,7 @@ def _launch(tensors: tuple[Tensor | None, ...], scale: float, s: StepScalars, fl
     with _device_of(param):
         step_kernel[(triton.cdiv(param.numel(), BLOCK),)](
             *tensors, param.numel(), scale, *map(float, s), **flags,
-            ALIGNED=aligned, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
 

@@ -1,0 +1,63 @@
+# make demo | make test: the two commands. Each sets up what it needs in .venv first; a second run starts at once.
+# make help lists the others.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+RESULTS ?= gpu-results
+DEMO   ?=
+TESTS  ?= tests
+
+DEPENDENCIES := $(VENV)/.dependencies
+BUILT        := $(VENV)/.built
+SOURCES      := setup.py $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed, got $$($(PYTHON) --version 2>&1); set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned: what depends on it would otherwise choose another build.
+$(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
+	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
+	$(PIP) torch setuptools wheel pybind11 ninja
+	$(PIP) numpy safetensors typer rich transformers accelerate matplotlib \
+	  hypothesis mypy pytest pytest-benchmark ruff
+	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
+	@touch $@
+
+$(BUILT): $(DEPENDENCIES) $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+.PHONY: setup
+setup: $(BUILT) ## virtual environment, dependencies, C++/CUDA extension
+
+.PHONY: demo
+demo: setup ## the main job on real text, on the CPU (DEMO="--fast --seed 1" for options)
+	@$(VENV)/bin/alr-kernels demo $(DEMO)
+
+.PHONY: test
+test: setup ## every test (TESTS=tests/test_step.py for some)
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
+	$(PY) -m pytest $(TESTS) alr_kernels bench
+
+.PHONY: bench
+bench: setup ## benchmarks on this machine, JSON into bench/results/local
+	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json
+
+.PHONY: format
+format: setup ## format the Python sources
+	$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+.PHONY: clean
+clean: ## remove everything that was built or installed here
+	rm -rf $(VENV) build dist *.egg-info alr_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
