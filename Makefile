@@ -54,6 +54,24 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 bench: setup ## benchmarks on this machine, JSON into bench/results/local
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json
 
+# Offline and without pip: the system's own Python with torch, Triton, pybind11, ninja, pytest and nvcc.
+.PHONY: gpu
+gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchmarks; results in RESULTS
+	mkdir -p $(RESULTS)
+	ALR_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
+	-$(PYTHON) -m alr_kernels.cli doctor --json > $(RESULTS)/doctor.json
+	status=0; \
+	$(PYTHON) -m pytest tests/test_gpu.py -m gpu --junitxml=$(RESULTS)/tests.xml || status=1; \
+	for tool in memcheck racecheck; do \
+	  if command -v compute-sanitizer > /dev/null; then \
+	    timeout 100 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitizer_case \
+	      > $(RESULTS)/$$tool.txt 2>&1 || { status=1; tail -n 20 $(RESULTS)/$$tool.txt; }; \
+	  else echo "compute-sanitizer is not installed: $$tool skipped"; fi; \
+	done; \
+	$(PYTHON) -m pytest bench -m gpu --benchmark-enable --benchmark-only \
+	  --benchmark-json=$(RESULTS)/bench.json -s || status=1; \
+	exit $$status
+
 .PHONY: format
 format: setup ## format the Python sources
 	$(PY) -m ruff format . && $(PY) -m ruff check --fix .

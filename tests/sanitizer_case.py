@@ -1,0 +1,26 @@
+"""A small run of every CUDA kernel, for compute-sanitizer: `make gpu` starts it under memcheck and racecheck."""
+
+import torch
+
+from alr_kernels import AlrAdamW, ImportanceRecorder
+
+
+def main() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        params = [torch.nn.Parameter(torch.randn(n, device="cuda").to(dtype)) for n in (1, 1023, 4099)]
+        for mode in ("proximal", "coupled"):
+            optimizer = AlrAdamW(params, [p.detach().float().abs() for p in params], mode=mode, record=True)
+            for param in params:
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+            optimizer.recorded_importance(relative=True)
+        sgd = torch.optim.SGD(params, lr=0.1)
+        recorder = ImportanceRecorder(sgd, ((f"w{i}", param) for i, param in enumerate(params)))
+        sgd.step()
+        recorder.finalise()
+    torch.cuda.synchronize()
+    print("every kernel ran")
+
+
+if __name__ == "__main__":
+    main()
