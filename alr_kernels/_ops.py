@@ -78,9 +78,12 @@ _IMPORTANCE = {"reference": importance_reference, "native": importance_native}
 # ---------------------------------------------------------------- layouts
 
 
+_is_contiguous = torch.Tensor.is_contiguous
+
+
 def _same_dense_layout(tensors: Sequence[Tensor]) -> bool:
     """Whether one linear walk over memory visits the same element of every tensor."""
-    if all(tensor.is_contiguous() for tensor in tensors):
+    if all(map(_is_contiguous, tensors)):
         return True
     first = tensors[0]
     return all(tensor.stride() == first.stride() for tensor in tensors[1:]) and _is_dense(first)
@@ -96,13 +99,17 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _in_layout(columns: dict[str, Sequence[Tensor]], mutated: set[str]) -> tuple[dict[str, list[Tensor]], list[Any]]:
+def _in_layout(
+    columns: dict[str, Sequence[Tensor]], mutated: set[str]
+) -> tuple[dict[str, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Make every row of operands share one dense layout.
 
     ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout are replaced by
     contiguous copies; the second result lists (original, copy) pairs to write back after the kernel.
     """
-    result = {name: list(tensors) for name, tensors in columns.items()}
+    if all(all(map(_is_contiguous, tensors)) for tensors in columns.values()):
+        return columns, []
+    result: dict[str, Any] = {name: list(tensors) for name, tensors in columns.items()}
     write_back: list[tuple[Tensor, Tensor]] = []
     present = [name for name, tensors in result.items() if tensors]
     for i in range(len(result[present[0]]) if present else 0):
@@ -152,7 +159,7 @@ def _step_eager(
         "anchors": anchors,
         "path_integrals": path_integrals,
     }
-    write_back: list[Any] = []
+    write_back: list[tuple[Tensor, Tensor]] = []
     if chosen != "reference":  # the reference indexes logically and takes any strides
         columns, write_back = _in_layout(columns, {"params", "exp_avgs", "exp_avg_sqs", "path_integrals"})
     _STEP[chosen](

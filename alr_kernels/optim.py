@@ -370,7 +370,7 @@ class AlrAdamW(Optimizer):
     # ------------------------------------------------------------ saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the importance file: moments, anchor, start, ω, α and a fingerprint."""
+        """Return what a resumed run needs besides the importance file: moments, anchor, start, ω, α, a fingerprint."""
         saved = super().state_dict()
         extra = {
             "importance_fingerprint": self._penalty.fingerprint if self._penalty else None,

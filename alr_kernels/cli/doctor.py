@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
+Backend = Literal["reference", "native", "triton"]
 # Sizes around the kernels' block and vector widths, and one tensor that several threads share.
 CHECK_SIZES = (1, 17, 1023, 1024, 4099)
 LARGE_CHECK_SIZE = 300_001  # native and GPU only: the interpreter would take seconds
@@ -42,7 +43,7 @@ def examine() -> dict[str, Any]:
     for device in devices:
         for backend, reason in backends[device]["step"].items():
             if backend != "reference" and not reason:
-                checks.append(check_step(backend, device))
+                checks.append(check_step(cast(Backend, backend), device))
         for backend, reason in backends[device]["importance"].items():
             if backend != "reference" and not reason:
                 checks.append(check_importance(device))
@@ -58,7 +59,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-def check_step(backend: str, device: str, sizes: tuple[int, ...] | None = None) -> dict[str, Any]:
+def check_step(backend: Backend, device: str, sizes: tuple[int, ...] | None = None) -> dict[str, Any]:
     """Take two recorded steps with penalty and weight decay in every mode and dtype; compare with the reference."""
     import torch
 
@@ -69,7 +70,8 @@ def check_step(backend: str, device: str, sizes: tuple[int, ...] | None = None) 
     for mode in ("proximal", "coupled"):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             results = []
-            for name in ("reference", backend):
+            names: tuple[Backend, ...] = ("reference", backend)
+            for name in names:
                 generator = torch.Generator().manual_seed(0)
                 values = [torch.randn(2, n, generator=generator) for n in sizes]
                 params = [torch.nn.Parameter(value[0].to(device, dtype)) for value in values]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..step.native import _C, addresses, available, dtype_codes, mutated
+from ..step.native import _C, WIDTHS, addresses, available, dtype_codes, mutated
 from .reference import STATISTICS
 
 if TYPE_CHECKING:
@@ -53,14 +53,16 @@ def accumulate_(
     for device, rows in _rows_by_device(params):
         omega, grad, param, before = ([column[i] for i in rows] for column in (path_integrals, grads, params, previous))
         numels = [tensor.numel() for tensor in param]
+        param_codes, grad_codes = dtype_codes("params", param), dtype_codes("grads", grad)
+        param_bytes = [n * WIDTHS[code] for n, code in zip(numels, param_codes, strict=True)]
         operands = (
-            addresses("path_integrals", omega, numels, [torch.float32] * len(numels)),
-            addresses("grads", grad, numels),
-            addresses("params", param, numels),
-            addresses("previous", before, numels, [tensor.dtype for tensor in param]),
+            addresses("path_integrals", omega, [n * 4 for n in numels]),
+            addresses("grads", grad, [n * WIDTHS[code] for n, code in zip(numels, grad_codes, strict=True)]),
+            addresses("params", param, param_bytes),
+            addresses("previous", before, param_bytes),
             numels,
-            dtype_codes("params", param),
-            dtype_codes("grads", grad),
+            param_codes,
+            grad_codes,
             maximize,
         )
         if device.type == "cpu":
@@ -86,17 +88,21 @@ def finalise(
     importances = [torch.empty_like(tensor) for tensor in path_integrals]
     statistics = torch.empty(len(importances), len(STATISTICS), dtype=torch.float64)
     for device, rows in _rows_by_device(params):
-        omega, param, start, out = ([column[i] for i in rows] for column in (path_integrals, params, starts, importances))
+        omega, param, start, out = (
+            [column[i] for i in rows] for column in (path_integrals, params, starts, importances)
+        )
         numels = [tensor.numel() for tensor in param]
-        single = [torch.float32] * len(numels)
+        param_codes = dtype_codes("params", param)
+        param_bytes = [n * WIDTHS[code] for n, code in zip(numels, param_codes, strict=True)]
+        single = [n * 4 for n in numels]
         table = torch.empty(len(rows), len(STATISTICS), dtype=torch.float64, device=device)
         operands = (
-            addresses("path_integrals", omega, numels, single),
-            addresses("params", param, numels),
-            addresses("starts", start, numels, [tensor.dtype for tensor in param]),
-            addresses("importances", out, numels, single),
+            addresses("path_integrals", omega, single),
+            addresses("params", param, param_bytes),
+            addresses("starts", start, param_bytes),
+            addresses("importances", out, single),
             numels,
-            dtype_codes("params", param),
+            param_codes,
             xi,
             relative,
         )
@@ -105,8 +111,6 @@ def finalise(
         else:
             scratch = torch.empty(_C.finalise_cuda_scratch(numels), dtype=torch.float64, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
-            _C.finalise_cuda(
-                *operands, scratch.data_ptr(), scratch.numel(), table.data_ptr(), device.index, stream
-            )
+            _C.finalise_cuda(*operands, scratch.data_ptr(), scratch.numel(), table.data_ptr(), device.index, stream)
         statistics[rows] = table.cpu()
     return importances, statistics

@@ -31,8 +31,8 @@ def finalised(
     xi = _validate.number("xi", xi, open_low=True)
     tensors, stats = _ops.finalise(path_integrals, params, starts, xi, relative=relative)
     rows = {
-        name: TensorStats(*row[:5], numel=int(row[5]), nonfinite=int(row[6]))
-        for name, row in zip(names, stats.tolist(), strict=True)
+        name: TensorStats(total, negative, l2, largest, mean, int(numel), int(nonfinite))
+        for name, (total, negative, l2, largest, mean, numel, nonfinite) in zip(names, stats.tolist(), strict=True)
     }
     _validate.finite_recording({name: row.nonfinite for name, row in rows.items()}, allow_nonfinite)
     return Importance(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from operator import attrgetter
+from operator import attrgetter, mul
 from typing import TYPE_CHECKING, Any
 
 import torch  # before _C: torch's OpenMP runtime is then the one that _C binds to, and both share its threads
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 # Codes of csrc/common.h. float64 is served by the reference.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+WIDTHS = (4, 2, 2)  # bytes an element, by code
 
 _dtype = attrgetter("dtype")
+_bytes = attrgetter("nbytes")
 _numel = torch.Tensor.numel
 _address = torch.Tensor.data_ptr
 
@@ -40,12 +42,10 @@ def dtype_codes(name: str, tensors: Sequence[Tensor]) -> list[int]:
         raise TypeError(f"{name}: expected float32, bfloat16 or float16 for native code, got {error.args[0]}") from None
 
 
-def addresses(name: str, tensors: Sequence[Tensor], numels: list[int], dtypes: list[Any] | None = None) -> list[int]:
-    """Return data pointers, once the element counts (and dtypes, when given) are known to match."""
-    if list(map(_numel, tensors)) != numels:
-        raise ValueError(f"{name}: expected element counts {numels}, got {list(map(_numel, tensors))}")
-    if dtypes is not None and list(map(_dtype, tensors)) != dtypes:
-        raise TypeError(f"{name}: expected dtypes {dtypes}, got {list(map(_dtype, tensors))}")
+def addresses(name: str, tensors: Sequence[Tensor], nbytes: list[int]) -> list[int]:
+    """Return data pointers, once the sizes are known to match: one cheap look that covers shape and dtype."""
+    if list(map(_bytes, tensors)) != nbytes:
+        raise ValueError(f"{name}: expected tensors of {nbytes} bytes, got {list(map(_bytes, tensors))}")
     return list(map(_address, tensors))
 
 
@@ -78,20 +78,20 @@ def step_(
     Operands with the same index are dense in the same layout; ``_ops.step_`` sees to it.
     """
     numels = list(map(_numel, params))
-    dtypes = list(map(_dtype, params))
-    single = [torch.float32] * len(numels)
+    param_codes, grad_codes = dtype_codes("params", params), dtype_codes("grads", grads)
+    param_bytes, single = [*map(mul, numels, map(WIDTHS.__getitem__, param_codes))], [n * 4 for n in numels]
     table = {step: i for i, step in enumerate(dict.fromkeys(steps))}
     _C.step_(
-        addresses("params", params, numels),
-        addresses("grads", grads, numels),
-        addresses("exp_avgs", exp_avgs, numels, single),
-        addresses("exp_avg_sqs", exp_avg_sqs, numels, single),
-        addresses("importances", importances, numels, single) if importances else [],
-        addresses("anchors", anchors, numels, dtypes) if importances else [],
-        addresses("path_integrals", path_integrals, numels, single) if path_integrals else [],
+        list(map(_address, params)),
+        addresses("grads", grads, [*map(mul, numels, map(WIDTHS.__getitem__, grad_codes))]),
+        addresses("exp_avgs", exp_avgs, single),
+        addresses("exp_avg_sqs", exp_avg_sqs, single),
+        addresses("importances", importances, single) if importances else [],
+        addresses("anchors", anchors, param_bytes) if importances else [],
+        addresses("path_integrals", path_integrals, single) if path_integrals else [],
         numels,
-        dtype_codes("params", params),
-        dtype_codes("grads", grads),
+        param_codes,
+        grad_codes,
         list(curvature_scales) if importances else [],
         [step_scalars(step, lr, beta1, beta2, eps, weight_decay) for step in table],
         list(map(table.__getitem__, steps)),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# 4 elements a thread: 128-bit accesses for float32, 64-bit for 2-byte operands, 64 registers on sm_80 to sm_100, no
-# stack. 8 a thread make 2-byte operands 128-bit too, but then operands of different width meet in shared memory and
+# 4 elements a thread: 128-bit accesses for float32, 64-bit for 2-byte operands, 39-64 registers on sm_80 to sm_100,
+# no stack. 8 a thread make 2-byte operands 128-bit too, but then operands of different width meet in shared memory and
 # registers rise to 112-164 (ptxas of Triton 3.6.0 and 3.9.0; tests/test_step_triton_aot.py asserts the former).
 BLOCK = 1024
 THREADS = 256
@@ -269,20 +269,21 @@ def step_(
             (importances[i], anchors[i], float(curvature_scales[i])) if importances else (None, None, 0.0)
         )
         path_integral = path_integrals[i] if path_integrals else None
-        tensors = (param, grad, exp_avg, exp_avg_sq, importance, anchor, path_integral)
+        others = (grad, exp_avg, exp_avg_sq, importance, anchor, path_integral)
         if param.numel() > 0:
-            _launch(tensors, scale, scalars[steps[i]], flags)
+            _launch(param, others, scale, scalars[steps[i]], flags)
             mutated += [t for t in (param, exp_avg, exp_avg_sq, path_integral) if t is not None]
     torch.autograd.graph.increment_version(mutated)
 
 
-def _launch(tensors: tuple[Tensor | None, ...], scale: float, s: StepScalars, flags: dict[str, int]) -> None:
+def _launch(
+    param: Tensor, others: tuple[Tensor | None, ...], scale: float, s: StepScalars, flags: dict[str, int]
+) -> None:
     """Step one tensor on its own device."""
-    param = tensors[0]
-    aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+    aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in (param, *others))
     with _device_of(param):
         step_kernel[(triton.cdiv(param.numel(), BLOCK),)](
-            *tensors, param.numel(), scale, *map(float, s), **flags,
+            param, *others, param.numel(), scale, *map(float, s), **flags,
             ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
 
