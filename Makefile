@@ -59,7 +59,7 @@ bench: setup ## benchmarks on this machine, JSON into bench/results/local
 gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchmarks; results in RESULTS
 	mkdir -p $(RESULTS)
 	ALR_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	-$(PYTHON) -m alr_kernels.cli doctor --json > $(RESULTS)/doctor.json
+	-$(PYTHON) -m alr_kernels doctor --json > $(RESULTS)/doctor.json
 	status=0; \
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu --junitxml=$(RESULTS)/tests.xml || status=1; \
 	for tool in memcheck racecheck; do \

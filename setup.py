@@ -27,10 +27,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 # Contraction off and no fast maths: every backend repeats the reference bit for bit.
-CXX_FLAGS = (
-    "-std=c++17 -O3 -fno-math-errno -fno-trapping-math -ffp-contract=off -fvisibility=hidden -fPIC -Wall -Wextra"
-).split()
-NVCC_FLAGS = "-std=c++17 -O3 --fmad=false -cudart static -Xcompiler -fPIC --threads 2".split()
+CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
+CXX_FLAGS += ["-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "2"]
 
 # Each instruction set gets its own copy of the loops; csrc/cpu.cpp chooses when it runs.
 CAPABILITIES = {"default": [], "avx2": ["-mavx2", "-mf16c"]}
@@ -273,4 +272,8 @@ class NinjaBuildExt(build_ext):
         return [*shared, *runtime, *parallel, *shlex.split(os.environ.get("LDFLAGS", ""))]
 
 
-setup(ext_modules=[Extension("alr_kernels._C", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+# Sources and headers are named for the sdist; what is compiled how is in NinjaBuildExt.
+sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.c*"))]
+headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
+extension = Extension("alr_kernels._C", sources=sources, depends=headers)
+setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuildExt})

@@ -334,4 +334,3 @@ def doctor_table(device_type: str) -> dict[str, dict[str, str]]:
         "step": step_backends(device_type, torch.float32),
         "importance": importance_backends(device_type, torch.float32),
     }
-

@@ -119,9 +119,7 @@ def gradient(name: str, param: Tensor, grad: Tensor) -> None:
             "use sparse=False in the embedding."
         )
     if grad.shape != param.shape:
-        raise RuntimeError(
-            f"parameter {name!r}: gradient of shape {tuple(grad.shape)}, expected {tuple(param.shape)}."
-        )
+        raise RuntimeError(f"parameter {name!r}: gradient of shape {tuple(grad.shape)}, expected {tuple(param.shape)}.")
 
 
 def steppable(name: str, param: Tensor) -> None:

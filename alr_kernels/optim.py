@@ -425,4 +425,3 @@ class AlrAdamW(Optimizer):
                 f"{self._penalty.coeffs.effective_layers:.1f} effective ({self._penalty.coeffs.rule})"
             )
         return "\n".join(lines)
-

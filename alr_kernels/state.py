@@ -116,9 +116,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def bind(
-    slot: Slot, param: Tensor, state: dict[str, Any], anchor: Tensor | None, record: bool
-) -> None:
+def bind(slot: Slot, param: Tensor, state: dict[str, Any], anchor: Tensor | None, record: bool) -> None:
     """Tie what was given at construction to the parameter as it is now; called from the first step on.
 
     Launchers may move, shard or replace parameters between construction and the first step, so nothing is cloned

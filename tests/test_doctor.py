@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -10,14 +11,15 @@ from typer.testing import CliRunner
 
 from alr_kernels import _ops
 from alr_kernels.cli import app
-from alr_kernels.cli import doctor as doctor_module
 from alr_kernels.step import native, reference
+
+doctor_module = importlib.import_module("alr_kernels.cli.doctor")  # the package's attribute is the command
 
 
 @pytest.fixture()
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the interpreter's child process: it takes seconds and has tests of its own."""
-    monkeypatch.setattr("alr_kernels.cli.doctor._check_interpreted", list)
+    monkeypatch.setattr(doctor_module, "_check_interpreted", list)
 
 
 @pytest.mark.usefixtures("no_interpreter")

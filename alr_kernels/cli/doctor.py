@@ -164,7 +164,9 @@ def _print(report: dict[str, Any]) -> None:
     )
     build = report["build"]
     if build["extension"]:
-        console.print("[bold]extension[/] " + "  ".join(f"{k}: {_short(v)}" for k, v in build.items() if k != "extension"))
+        console.print(
+            "[bold]extension[/] " + "  ".join(f"{k}: {_short(v)}" for k, v in build.items() if k != "extension")
+        )
     else:
         console.print(f"[bold]extension[/] missing: {build['reason']}")
     table = Table("op", "device", "backend", "serves", title="who serves what (the first that serves is the default)")

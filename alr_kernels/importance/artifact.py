@@ -288,5 +288,3 @@ def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 def _digest(lines: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
