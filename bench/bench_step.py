@@ -19,7 +19,8 @@ from timing import copy_bandwidth, side_by_side
 
 from alr_kernels import AlrAdamW
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: run `make gpu` on one")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])]
 BASELINE = "torch AdamW fused"
 # Bytes per element that a pass must read and write at least: θ m v twice, g, and what is added.
 BYTES = {
