@@ -143,7 +143,7 @@ def _step_eager(
     beta2: float,
     eps: float,
     weight_decay: float,
-    mode: str,
+    penalty_mode: str,
     maximize: bool,
     backend: str = "auto",
 ) -> None:
@@ -171,7 +171,7 @@ def _step_eager(
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
-        mode=mode,
+        mode=penalty_mode,
         maximize=maximize,
     )
     for original, copy in write_back:
@@ -229,7 +229,7 @@ _LIBRARY = torch.library.Library("alr_kernels", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, float[] curvature_scales, float[] steps, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, str mode, bool maximize, "
+    "float lr, float beta1, float beta2, float eps, float weight_decay, str penalty_mode, bool maximize, "
     'str backend="auto") -> ()'
 )
 _LIBRARY.define(
@@ -278,7 +278,7 @@ def step_(*args: Any, **kwargs: Any) -> None:
         path_integrals: same shapes, float32: ω, mutated.
         curvature_scales: n numbers ≥ 0: 2·λ·α/normaliser of each tensor; k = scale · Ω.
         steps: n numbers ≥ 1: the step count of each tensor, this step included.
-        lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW. mode: ``"coupled"`` or ``"proximal"``.
+        lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW. penalty_mode: ``"coupled"`` or ``"proximal"``.
         maximize: ascend instead of descend. backend: ``"auto"`` or one by name.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,11 +139,17 @@ def steppable(name: str, param: Tensor) -> None:
         )
 
 
+def importance_tensor(name: str, importance: Any) -> None:
+    if not isinstance(importance, Tensor) or importance.dtype not in FLOAT_DTYPES:
+        got = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(
+            f"importance of {name!r}: expected a floating-point tensor (float32, bfloat16, float16, float64), "
+            f"got {got}."
+        )
+
+
 def importance_values(name: str, importance: Tensor) -> None:
     """Refuse negative and non-finite importance. One pass over the tensor."""
-    if not isinstance(importance, Tensor) or not importance.is_floating_point():
-        got = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
-        raise TypeError(f"importance of {name!r}: expected a floating-point tensor, got {got}.")
     if importance.numel() == 0:
         return
     low, high = (float(bound) for bound in torch.aminmax(importance.detach()))
@@ -303,8 +310,11 @@ def recorder_members(named: Mapping[str, Tensor], optimizer_params: Iterable[Ten
         )
 
 
-def importance_path(path: str | PathLike[str]) -> str:
-    text = str(path)
-    if not text.endswith(".safetensors"):
-        raise ValueError(f"importance file: expected a name ending in .safetensors, got {text!r}.")
-    return text
+def importance_path(path: str | PathLike[str]) -> Path:
+    """Return where to write, once the name says what it is and the folder is there."""
+    target = Path(path)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"importance file: expected a name ending in .safetensors, got {str(path)!r}.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"importance file: there is no folder {str(target.parent)!r}; create it first.")
+    return target

@@ -19,7 +19,7 @@ from .step.plan import MODES
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")
 # Keys that state_dict() adds to each saved group: what the state needs besides tensors.
-SAVED_KEYS = ("importance_fingerprint", "coeffs", "recorded_steps")
+SAVED_KEYS = ("importance_fingerprint", "coeffs", "coeffs_rule", "recorded_steps")
 
 
 class AlrAdamW(Optimizer):
@@ -104,6 +104,7 @@ class AlrAdamW(Optimizer):
         self._anchor: dict[str, Tensor] | None = None
         self._bound = False
         self._recorded_steps = 0
+        self._coeffs_choice: str | Mapping[str, float] = coeffs
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -169,6 +170,7 @@ class AlrAdamW(Optimizer):
             chosen.coeffs = resolve(coeffs, entries)
             scales = chosen.unit_scales(self.normalize)
             self._penalty = chosen
+        self._coeffs_choice = coeffs
         for _, slot, _ in members:
             slot.importance = entries.get(slot.name) if entries is not None else None
             slot.unit_scale = scales.get(slot.name, 0.0)
@@ -189,7 +191,7 @@ class AlrAdamW(Optimizer):
         """
         if self._penalty is None:
             raise ValueError("set_coeffs: this optimizer has no importance to weigh.")
-        before = self._penalty.coeffs
+        before, choice = self._penalty.coeffs, coeffs
         self._penalty.coeffs = resolve(coeffs, self._penalty.importance)
         try:
             scales = self._penalty.unit_scales(self.normalize)
@@ -198,6 +200,7 @@ class AlrAdamW(Optimizer):
             raise
         for _, slot, _ in self._members():
             slot.unit_scale = scales.get(slot.name, 0.0)
+        self._coeffs_choice = choice
 
     # ------------------------------------------------------------ the step
 
@@ -230,10 +233,15 @@ class AlrAdamW(Optimizer):
         return loss
 
     def _bind(self) -> None:
-        for _, slot, param in self._members():
+        """Take anchors and starts, all of them or, when a parameter is refused, none."""
+        members = self._members()
+        for _, slot, param in members:
             _validate.steppable(slot.name, param)
+            if slot.importance is not None:
+                _validate.importance_shape(slot.name, slot.importance, param)
+        for _, slot, param in members:
             if slot.importance is not None or (self.record and param.requires_grad):
-                anchor = self._anchor[slot.name] if self._anchor else None
+                anchor = self._anchor.get(slot.name) if self._anchor else None
                 _state.bind(slot, param, self.state[param], anchor, self.record)
         self._anchor = None
         self._bound = True
@@ -253,9 +261,11 @@ class AlrAdamW(Optimizer):
 
     def _step_bucket(self, group: dict[str, Any], rows: list[tuple[_state.Slot, Tensor]]) -> None:
         states = [self.state[param] for _, param in rows]
-        for (_, param), state in zip(rows, states, strict=True):
+        for (slot, param), state in zip(rows, states, strict=True):
             if "exp_avg" not in state:
                 _state.start_moments(param, state)
+            if self.record and "path_integral" not in state:  # frozen when the recording began
+                _state.bind(slot, param, state, None, True)
         torch._foreach_add_([state["step"] for state in states], 1.0)
         reg_lambda = float(group["reg_lambda"])
         penalised = reg_lambda > 0 and rows[0][0].unit_scale > 0
@@ -274,7 +284,7 @@ class AlrAdamW(Optimizer):
             beta2=float(group["betas"][1]),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            mode=self.mode,
+            penalty_mode=self.mode,
             maximize=bool(group["maximize"]),
             backend=self.backend,
         )
@@ -351,14 +361,11 @@ class AlrAdamW(Optimizer):
 
         Args:
             importance: the next phase's importance, as in the constructor; None keeps the present one.
-            coeffs: the next phase's coefficients; None keeps the rule (or the user's mapping).
+            coeffs: the next phase's coefficients; None keeps the rule or mapping given last.
         """
-        if coeffs is None:
-            present = self._penalty.coeffs if self._penalty else None
-            coeffs = "softmax" if present is None else present if present.rule == "user" else present.rule
         if importance is not None:
-            self._use(importance, coeffs)
-        elif self._penalty is not None:
+            self._use(importance, self._coeffs_choice if coeffs is None else coeffs)
+        elif coeffs is not None:
             self.set_coeffs(coeffs)
         for _, _, param in self._members():
             for key in ("anchor", "start", "path_integral"):
@@ -375,6 +382,7 @@ class AlrAdamW(Optimizer):
         extra = {
             "importance_fingerprint": self._penalty.fingerprint if self._penalty else None,
             "coeffs": dict(self._penalty.coeffs) if self._penalty else None,
+            "coeffs_rule": self._coeffs_choice if isinstance(self._coeffs_choice, str) else None,
             "recorded_steps": self._recorded_steps,
         }
         saved["param_groups"] = [{**group, **extra} for group in saved["param_groups"]]
@@ -395,6 +403,7 @@ class AlrAdamW(Optimizer):
         coeffs = saved_groups[0].get("coeffs") if saved_groups else None
         if coeffs is not None and self._penalty is not None and coeffs != dict(self._penalty.coeffs):
             self.set_coeffs(coeffs)
+        self._coeffs_choice = saved_groups[0].get("coeffs_rule") or self._coeffs_choice
         groups = [
             {key: value for key, value in _state.loaded_group(group, saved).items() if key not in SAVED_KEYS}
             for group, saved in zip(self.param_groups, saved_groups, strict=True)
@@ -409,8 +418,9 @@ class AlrAdamW(Optimizer):
         self._bound = False
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("mode", "normalize", "record", "backend", "_slots", "_penalty", "_anchor", "_bound", "_recorded_steps")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        public = ("mode", "normalize", "record", "backend")
+        private = ("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in public + private}}
 
     def __repr__(self) -> str:
         slots = [slot for _, slot, _ in self._members()]

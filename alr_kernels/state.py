@@ -123,8 +123,6 @@ def bind(slot: Slot, param: Tensor, state: dict[str, Any], anchor: Tensor | None
     before. Adds only what is missing, so that a loaded state is left alone.
     """
     if slot.importance is not None:
-        if slot.importance.shape != param.shape:
-            _validate.importance_shape(slot.name, slot.importance, param)
         slot.importance = _in_layout_of(param, slot.importance, compute_dtype(param))
         if "anchor" not in state:
             state["anchor"] = _in_layout_of(param, param if anchor is None else anchor, param.dtype, copy=True)

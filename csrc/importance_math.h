@@ -23,7 +23,9 @@ ALR_HOST_DEVICE bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
 // Returns the importance, 0 where it or the path integral is not finite; `finite` says which.
 ALR_HOST_DEVICE float finalise(float path_integral, float move_sq, float floor, bool& finite) {
-  const float importance = path_integral > 0.0f ? path_integral / (move_sq + floor) : 0.0f;
+  // The denominator is 0 only where nothing moved and xi is relative: no scale, hence importance 0.
+  const float denominator = move_sq + floor;
+  const float importance = path_integral > 0.0f && denominator > 0.0f ? path_integral / denominator : 0.0f;
   finite = is_finite(path_integral) && is_finite(importance);
   return finite ? importance : 0.0f;
 }

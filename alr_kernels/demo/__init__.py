@@ -1,4 +1,4 @@
 """The demo: a small byte-level language model learns a domain, with and without the pull.
 
-corpus.py ──texts──▶ models.py ──model, batches──▶ training.py ──curves──▶ frontier.py ──▶ study.py (the plan and the result)
+corpus.py ──texts──▶ models.py ──batches──▶ training.py ──points──▶ frontier.py ──▶ study.py (plan and result)
 """

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import inspect
 import io
+import os
 import re
 import sysconfig
 import tokenize
@@ -24,11 +25,30 @@ SPLITS = ("train", "validation", "test")
 SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
 # Tests and data tables are no code to learn from; the topics are read as prose; site-packages is not the library.
 SKIPPED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idlelib idle_test lib2to3 turtledemo pydoc_data ensurepip encodings "
-    "__pycache__ __phello__ config".split()
+    [
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "idle_test",
+        "lib2to3",
+        "turtledemo",
+        "pydoc_data",
+        "ensurepip",
+        "encodings",
+        "__pycache__",
+        "__phello__",
+        "config",
+    ]
 )
 LARGEST_FILE = 60_000  # bytes; a few huge modules would otherwise fill a split alone
+SHORTEST_SPLIT = 2_000  # bytes
 SHORTEST_DOCSTRING = 80  # characters; shorter ones are labels rather than prose
+
+
+class CorpusError(RuntimeError):
+    """This Python's library has too little text."""
 
 
 @dataclass
@@ -83,8 +103,10 @@ def split_of(source: str) -> str:
 def library_files() -> Iterator[tuple[str, Path]]:
     """Yield (name relative to the library, path) in an order that depends on the names alone."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    names = (path.relative_to(root) for path in root.rglob("*.py"))
-    kept = [name.as_posix() for name in names if not SKIPPED_FOLDERS.intersection(name.parts[:-1])]
+    kept = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]  # site-packages may be huge
+        kept += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
     for name in sorted(kept, key=lambda name: (_digest(name), name)):
         path = root / name
         if path.stat().st_size <= LARGEST_FILE:
@@ -176,6 +198,9 @@ def build(total: int, progress: Callable[[float], None] = lambda share: None) ->
 
     Returns:
         (general, domain): see the module's docstring.
+
+    Raises:
+        CorpusError: a split of either would be nearly empty.
     """
     general, domain = _Filling(total), _Filling(total)
     for name, text in sorted(_topics().items(), key=lambda item: (_digest(item[0]), item[0])):
@@ -193,6 +218,12 @@ def build(total: int, progress: Callable[[float], None] = lambda share: None) ->
             if domain.wants(split):
                 domain.add(name, _code_or_nothing(source, tree))
         progress((general.filled() + domain.filled()) / (2 * total))
+    shortest = min(len(b"".join(parts)) for filling in (general, domain) for parts in filling.parts.values())
+    if shortest < SHORTEST_SPLIT:
+        raise CorpusError(
+            f"expected the standard library's source in {sysconfig.get_paths()['stdlib']!r}, got only {shortest} bytes "
+            "for one split; use a Python that was installed with its library's .py files."
+        )
     return general.corpus(), domain.corpus()
 
 
@@ -201,3 +232,9 @@ def _code_or_nothing(source: str, tree: ast.Module) -> str:
         return code_only(source, tree)
     except (SyntaxError, ValueError, tokenize.TokenError):
         return ""
+
+
+def read_code(path: Path) -> str:
+    """Return one file as the domain corpus holds it; empty where it cannot be used."""
+    parsed = _parsed(path)
+    return _code_or_nothing(*parsed) if parsed else ""

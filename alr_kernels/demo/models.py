@@ -24,7 +24,7 @@ def build_model(arch: str, seed: int, *, width: int = 128, layers: int = 4, cont
         config = transformers.LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,
-            intermediate_size=width * 11 // 4,
+            intermediate_size=width * 5 // 2,
             num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=4,

@@ -83,7 +83,7 @@ class Importance(Mapping[str, "Tensor"]):
         stats: name → :class:`TensorStats`; computed from the tensors when left out.
 
     Raises:
-        ValueError: two names coincide once unwrapped.
+        ValueError: two names coincide once unwrapped. TypeError: an entry is not a floating-point tensor.
 
     >>> import torch
     >>> importance = Importance({"layers.0.weight": torch.tensor([0.0, 2.0])}, method="user")
@@ -104,6 +104,8 @@ class Importance(Mapping[str, "Tensor"]):
     ) -> None:
         names = [unwrap(name) for name in tensors]
         _validate.distinct_names(names)
+        for name, tensor in tensors.items():
+            _validate.importance_tensor(name, tensor)
         self._tensors = dict(zip(names, tensors.values(), strict=True))
         self.method = method
         self.xi = xi
@@ -197,11 +199,12 @@ class Importance(Mapping[str, "Tensor"]):
 
         Raises:
             ValueError: the name does not end in ``.safetensors``.
-            OSError: the folder cannot be written.
+            OSError: the folder does not exist or cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        target = Path(_validate.importance_path(path))
+        target = _validate.importance_path(path)
         about = {"xi": self.xi, "relative": self.relative, "steps": self.steps, "normalized": self.is_normalized}
         metadata = {
             "format": FORMAT,
@@ -212,14 +215,23 @@ class Importance(Mapping[str, "Tensor"]):
             "about": json.dumps(about),
             "stats": json.dumps({name: list(row) for name, row in self._stats.items()}),
         }
-        # Fresh contiguous copies where needed: safetensors refuses views that share memory.
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors.items()}
+        # Contiguous, and a copy where two entries share memory, which safetensors refuses.
+        tensors, memory = {}, set[int]()
+        for name, tensor in self._tensors.items():
+            dense = tensor.detach().cpu().contiguous()
+            address = dense.untyped_storage().data_ptr()
+            tensors[name] = dense.clone() if address in memory else dense
+            memory.add(address)
         scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
         try:
             save_file(tensors, scratch, metadata=metadata)
+            os.umask(umask := os.umask(0o077))  # the only way to read it; safetensors makes files private
+            scratch.chmod(0o666 & ~umask)
             with open(scratch, "rb+") as written:
                 os.fsync(written.fileno())
             os.replace(scratch, target)
+        except SafetensorError as error:
+            raise OSError(f"importance file {str(target)!r}: it could not be written: {error}") from error
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -240,17 +252,19 @@ class Importance(Mapping[str, "Tensor"]):
                 metadata = file.metadata() or {}
                 _check_format(path, metadata)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            about = json.loads(metadata["about"])
             stats = {name: TensorStats(*row) for name, row in json.loads(metadata["stats"]).items()}
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            result = cls(tensors, method=metadata["method"], stats=stats, **json.loads(metadata["about"]))
+            recorded = metadata["fingerprint"]
+        except ImportanceFileError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ImportanceFileError(
                 f"importance file {str(path)!r}: expected a whole alr_kernels importance file, got {error}; "
                 "it is truncated or damaged: write it again with Importance.save()."
             ) from error
-        result = cls(tensors, method=metadata["method"], stats=stats, **about)
-        if result.fingerprint != metadata["fingerprint"]:
+        if result.fingerprint != recorded:
             raise ImportanceFileError(
-                f"importance file {str(path)!r}: expected names and shapes of fingerprint {metadata['fingerprint']}, "
+                f"importance file {str(path)!r}: expected names and shapes of fingerprint {recorded}, "
                 f"got {result.fingerprint}; it was changed after it was written."
             )
         return result
@@ -273,17 +287,24 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
 def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """Digest of names, shapes and values, the same for any device or thread count.
 
-    The values enter as exact integer sums of their bit patterns, so nothing depends on rounding.
+    The values enter as integer sums of their bit patterns times their positions, modulo 2^64: exact, so that nothing
+    depends on rounding, and different when values change places.
     """
+    return _digest(
+        f"{name}{tuple(tensor.shape)}{tensor.dtype}{_checksum(tensor.detach())}"
+        for name, tensor in sorted(tensors.items())
+    )
 
-    def row(name: str, tensor: Tensor) -> str:
-        bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        width = tensor.element_size()
-        if width in (2, 4, 8):
-            bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[width])
-        return f"{name}{tuple(tensor.shape)}{tensor.dtype}{int(bits.sum(dtype=torch.int64))}"
 
-    return _digest(row(name, tensor) for name, tensor in sorted(tensors.items()))
+def _checksum(tensor: Tensor, chunk: int = 2**20) -> int:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    bits = tensor.contiguous().view(-1).view(integer)
+    position = torch.arange(1, chunk + 1, device=bits.device)
+    total = 0
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].long()
+        total += int((part * position[: part.numel()]).sum()) + start * int(part.sum())
+    return total % 2**64
 
 
 def _digest(lines: Iterable[str]) -> str:

@@ -54,6 +54,8 @@ class ImportanceRecorder:
 
     Gradients are read after the step: they must be those of the task loss (no penalty added), unscaled. If they
     were clipped before the step, ω is scaled by the clip factor. Steps that a ``GradScaler`` skips are skipped.
+    Weights that something else moves between two steps are noticed by their version counter; after writing through
+    ``param.data``, which has none, call :meth:`resync`.
 
     Args:
         optimizer: the optimizer that steps the parameters.
@@ -103,6 +105,10 @@ class ImportanceRecorder:
         """Remove the hooks; what was recorded stays and can still be finalised."""
         for hook in self._hooks:
             hook.remove()
+
+    def resync(self) -> None:
+        """Measure the next step from the weights as they are now; needed after writing through ``param.data``."""
+        self._versions.clear()
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:

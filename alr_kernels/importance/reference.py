@@ -53,9 +53,10 @@ def finalise(
         compute = path_integral.dtype
         move_sq = (param.to(compute) - start.to(compute)).square()
         floor = xi
-        if relative:  # ξ = ρ · mean((θ_end − θ_start)²); a tensor that did not move has ω = 0, hence Ω = 0
+        if relative:  # ξ = ρ · mean((θ_end − θ_start)²)
             floor = xi * float(move_sq.double().mean()) if move_sq.numel() else 0.0
-        importance = torch.where(path_integral > 0, path_integral / (move_sq + floor), 0.0)
+        denominator = move_sq + floor  # 0 only where nothing moved and ξ is relative: no scale, hence Ω = 0
+        importance = torch.where((path_integral > 0) & (denominator > 0), path_integral / denominator, 0.0)
         finite = torch.isfinite(path_integral) & torch.isfinite(importance)
         importance = torch.where(finite, importance, 0.0)
         omega = torch.where(finite, path_integral, 0.0).double()

@@ -1,0 +1,112 @@
+"""`alr-kernels demo`: learn a domain with and without the pull, and see what was forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+NEEDS = ("transformers", "matplotlib")
+WIDTH = 110  # columns of the table
+
+
+class Arch(str, Enum):
+    """Model families of the demo."""
+
+    llama = "llama"
+    gptj = "gptj"
+
+
+def demo(
+    arch: Annotated[Arch, typer.Option(help="Model family, built from its transformers config.")] = Arch.llama,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the model and every batch: same seed, same table.")] = 0,
+    fast: Annotated[bool, typer.Option("--fast", help="Seconds instead of minutes: shows that all runs.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for results. [default: demo-results/ARCH-seedSEED]")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+) -> None:
+    """Learn a domain with and without the pull, and see what was forgotten.
+
+    A byte-level model learns prose (this Python's own documentation) while the importance of its weights is recorded;
+    then it learns code (the standard library's source) by AdamW, by L2-SP and by ALR. Nothing is downloaded.
+    """
+    from ..demo.corpus import CorpusError
+
+    _require(NEEDS)
+    folder = out or Path("demo-results") / f"{arch.value}-seed{seed}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _run(arch.value, seed, fast, folder, threads)
+    except OSError as error:
+        typer.echo(f"alr-kernels demo: {error}. Choose a folder that can be written with --out.", err=True)
+        raise typer.Exit(2) from error
+    except CorpusError as error:
+        typer.echo(f"alr-kernels demo: {error}", err=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What was written so far is in {folder}.", err=True)
+        raise typer.Exit(130) from None
+
+
+def _require(packages: tuple[str, ...]) -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        typer.echo(f'The demo needs {" and ".join(missing)}: pip install "alr-kernels[demo]"', err=True)
+        raise typer.Exit(2)
+
+
+def _quiet_environment() -> None:
+    """Set what has to be set before torch and transformers are imported."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin stall each other on a busy machine
+
+
+def _run(arch: str, seed: int, fast: bool, folder: Path, threads: int) -> None:
+    _quiet_environment()
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console()
+    if not console.is_terminal or console.width > WIDTH:
+        console = Console(width=WIDTH)
+    with console.status("importing torch and transformers"):
+        import torch
+
+        from ..demo.study import Settings, study
+        from ..report import forgetting_plots, forgetting_table
+
+    if threads:
+        torch.set_num_threads(threads)
+    settings = Settings.fast(arch, seed) if fast else Settings(arch=arch, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    live = console.is_terminal  # bars in a log file would come all at once, at the end
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not live) as progress:
+
+        def phase(name: str, total: int) -> Any:
+            if not live:
+                console.print(f"{name} ({total})", highlight=False)
+            task = progress.add_task(name, total=total)
+            return lambda: progress.advance(task)
+
+        result = study(settings, folder, phase)
+    results = folder / "results.json"
+    results.write_text(json.dumps(result, indent=1) + "\n")
+    files = [folder / "importance.safetensors", results, *forgetting_plots.write(result, folder)]
+    console.print(forgetting_table.table(result))
+    for paragraph in forgetting_table.explanation(result, fast):
+        console.print(f"\n{paragraph}", highlight=False)
+    console.print(f"\nWritten to {folder}/: " + ", ".join(path.name for path in files), highlight=False)

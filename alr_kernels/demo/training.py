@@ -1,0 +1,146 @@
+"""The two training loops: general text with the importance recorded, and the domain by one arm."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alr_kernels import AlrAdamW, Importance
+
+from . import models
+from .frontier import Point
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Tick = Callable[[], None]
+WARMUP = 10  # tuning steps until the learning rate is whole
+# AdamW's own state: every arm has it, so it is not counted as extra.
+MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to tune: what pulls (``importance``: none, ones or recorded), how (``mode``), and how hard."""
+
+    family: str
+    lr: float
+    reg_lambda: float = 0.0
+    importance: str = "none"
+    mode: str = "proximal"
+    coeffs: str = "uniform"
+
+    @property
+    def label(self) -> str:
+        """The arm's row in tables."""
+        return f"{self.family}, " + (f"λ {self.reg_lambda:g}" if self.reg_lambda else f"lr {self.lr:g}")
+
+
+@dataclass
+class Run:
+    """What one arm left behind: its trade-off along training, and its cost."""
+
+    arm: Arm
+    points: dict[str, list[Point]]  # split → (domain NLL, forgetting), from the start on
+    final: dict[str, float] = field(default_factory=dict)  # set → NLL at the end
+    optimizer_ms: float = 0.0  # median of optimizer.step()
+    step_ms: float = 0.0  # median of forward, backward and optimizer.step()
+    extra_bytes: float = 0.0  # a parameter, beyond the moments of AdamW
+    coeffs: dict[str, float] = field(default_factory=dict)
+
+
+def pretrain(
+    model: nn.Module, batches: Iterator[Tensor], steps: int, record_from: int, lr: float, tick: Tick
+) -> AlrAdamW:
+    """Train on general text with a cosine schedule; ω is integrated from step ``record_from`` to the end.
+
+    No gradient is clipped, since that would scale ω.
+    """
+    optimizer = AlrAdamW(model.named_parameters(), lr=lr, weight_decay=0.01, record=True)
+    for step in range(steps):
+        if step == record_from:
+            optimizer.start_phase()  # ω from zero, Δθ from here; the moments go on
+        warm = min(1.0, (step + 1) / max(1, steps // 20))
+        optimizer.param_groups[0]["lr"] = lr * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        optimizer.zero_grad()
+        models.nll(model, next(batches)).backward()
+        optimizer.step()
+        tick()
+    return optimizer
+
+
+def importance_of(arm: Arm, recorded: Importance) -> Mapping[str, Tensor] | None:
+    """Return the importance that the arm tunes with: none, ones everywhere, or the recorded one."""
+    if arm.importance == "ones":
+        return {name: torch.ones_like(tensor) for name, tensor in recorded.items()}
+    return recorded if arm.importance == "recorded" else None
+
+
+def build_optimizer(model: nn.Module, arm: Arm, importance: Mapping[str, Tensor] | None) -> AlrAdamW:
+    """Return the arm's optimizer. Every arm is the same class; without importance it is AdamW."""
+    options: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.0}
+    if importance is not None:
+        options |= {"coeffs": arm.coeffs, "reg_lambda": arm.reg_lambda, "mode": arm.mode}
+    return AlrAdamW(model.named_parameters(), importance, **options)
+
+
+def tune(
+    model: nn.Module,
+    start: Mapping[str, Tensor],
+    before: Mapping[str, float],
+    arm: Arm,
+    recorded: Importance,
+    batches: Iterator[Tensor],
+    steps: int,
+    evaluate_every: int,
+    sets: Mapping[str, Tensor],
+    tick: Tick,
+) -> Run:
+    """Tune on the domain from ``start`` by one arm and evaluate along the way.
+
+    ``sets``: "general validation", "domain validation", "general test", "domain test"; ``before``: their NLL at the
+    start.
+    """
+    models.restore(model, start)
+    importance = importance_of(arm, recorded)
+    optimizer = build_optimizer(model, arm, importance)
+    run = Run(arm, {split: [(before[f"domain {split}"], 0.0)] for split in ("validation", "test")})
+    whole, inside = [], []
+    for step in range(1, steps + 1):
+        optimizer.param_groups[0]["lr"] = arm.lr * min(1.0, step / WARMUP)
+        batch = next(batches)
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        models.nll(model, batch).backward()
+        middle = time.perf_counter()
+        optimizer.step()
+        ended = time.perf_counter()
+        whole.append(1e3 * (ended - began))
+        inside.append(1e3 * (ended - middle))
+        tick()
+        if step % evaluate_every == 0 or step == steps:
+            run.final = models.evaluate(model, sets)
+            for split, points in run.points.items():
+                general = run.final[f"general {split}"] - before[f"general {split}"]
+                points.append((run.final[f"domain {split}"], general))
+    run.optimizer_ms, run.step_ms = statistics.median(inside), statistics.median(whole)
+    run.extra_bytes = extra_bytes_per_parameter(model, optimizer, importance)
+    run.coeffs = dict(optimizer.coeffs or {})
+    return run
+
+
+def extra_bytes_per_parameter(model: nn.Module, optimizer: AlrAdamW, importance: Mapping[str, Tensor] | None) -> float:
+    """Count the live tensors that the arm holds beyond AdamW's moments and step: importance, anchor, ω.
+
+    Memory that several of them share counts once.
+    """
+    held = [value for state in optimizer.state.values() for key, value in state.items() if key not in MOMENTS]
+    held += (importance or {}).values()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
+    return sum(storages.values()) / sum(param.numel() for param in model.parameters())

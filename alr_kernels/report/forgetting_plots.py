@@ -1,0 +1,110 @@
+"""The demo's plots, from a results dict (``alr_kernels.demo.study``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Okabe and Ito's colours (told apart by colour-blind readers), with a marker each.
+STYLE = {
+    "AdamW": ("#000000", "o"),
+    "L2-SP": ("#E69F00", "s"),
+    "ALR coupled": ("#56B4E9", "^"),
+    "ALR proximal": ("#D55E00", "D"),
+}
+RULE_STYLE = {"softmax": "#0072B2", "proportional": "#E69F00", "uniform": "#999999"}
+
+
+def write(result: dict[str, Any], folder: Path) -> list[Path]:
+    """Write the PNG files into the folder and return their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    return [_tradeoff(result, folder / "forgetting.png"), _coefficients(result, folder / "coefficients.png")]
+
+
+def _title(result: dict[str, Any]) -> str:
+    options = result["options"]
+    return f"{options['arch']}, {result['parameters']:,} parameters, seed {options['seed']}"
+
+
+def _tradeoff(result: dict[str, Any], path: Path) -> Path:
+    """Forgetting against domain NLL along training: chosen runs strong, the others of the family faint."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), dpi=150)
+    chosen = result["selection"]["chosen"]
+    for run in result["runs"]:
+        family = run["arm"]["family"]
+        colour, marker = STYLE[family]
+        strong = chosen[family] == run["label"]
+        domain, forgot = zip(*run["points"]["test"], strict=True)
+        axes.plot(
+            domain,
+            forgot,
+            color=colour,
+            marker=marker,
+            markersize=5 if strong else 3,
+            linewidth=2 if strong else 0.8,
+            alpha=1 if strong else 0.35,
+            label=run["label"] if strong else None,
+            zorder=3 if strong else 2,
+        )
+    level = result["shared_level"]
+    axes.axvline(level, color="#666666", linestyle=":", linewidth=1.2, zorder=1)
+    axes.annotate(
+        f"compared at {level:.3f}",
+        (level, 0.02),
+        xycoords=("data", "axes fraction"),
+        rotation=90,
+        va="bottom",
+        ha="left",
+        color="#444444",
+        fontsize=8,
+    )
+    highest = max(y for run in result["runs"] if run["label"] in chosen.values() for _, y in run["points"]["test"])
+    axes.set_ylim(top=1.3 * highest if highest > 0 else None)  # fast AdamW runs would press the rest together
+    axes.invert_xaxis()
+    axes.set_xlabel("domain NLL on test code (nats per byte): training goes to the right")
+    axes.set_ylabel("forgetting: rise of general NLL on test prose (nats per byte)")
+    axes.set_title(f"What learning the domain cost ({_title(result)})", fontsize=10)
+    axes.legend(
+        title="chosen on validation\n(faint: the other runs)",
+        title_fontsize=9,
+        fontsize=9,
+        frameon=False,
+        loc="upper left",
+    )
+    return _finish(figure, axes, path)
+
+
+def _coefficients(result: dict[str, Any], path: Path) -> Path:
+    """Coefficient per layer under each rule."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4), dpi=150)
+    rules = result["coefficients"]
+    width = 0.8 / len(rules)
+    for i, (rule, values) in enumerate(rules.items()):
+        used = " (used)" if rule == result["selection"]["rule"] else ""
+        places = [layer + (i - (len(rules) - 1) / 2) * width for layer in range(len(values))]
+        axes.bar(places, list(values.values()), width, color=RULE_STYLE[rule], label=rule + used)
+    names = [name.removeprefix("model.").removeprefix("transformer.") for name in next(iter(rules.values()))]
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("coefficient α (sums to 1 over layers)")
+    axes.set_xlabel("layer")
+    axes.set_title(f"Layer coefficients from the recorded importance ({_title(result)})", fontsize=10)
+    axes.legend(title="rule", frameon=False)
+    return _finish(figure, axes, path)
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.set_axisbelow(True)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+    return path

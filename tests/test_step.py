@@ -1,0 +1,343 @@
+"""One step on every CPU backend: against the float64 oracle, against torch, and what must hold whatever the numbers."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import oracle
+import pytest
+import torch
+from cases import (
+    BACKENDS,
+    BF16,
+    COLUMNS,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    HYPER,
+    MODES,
+    NATIVE,
+    STEPS,
+    assert_same_state,
+    copied,
+    guards_are_untouched,
+    members,
+    operands,
+    param_error,
+    random_importance,
+    relative_error,
+    same_bits,
+    set_grads,
+    tiny_loss,
+    tiny_model,
+    tiny_optimizer,
+    train,
+    ulp,
+    within,
+)
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from alr_kernels import AlrAdamW, _ops
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+modes = pytest.mark.parametrize("mode", MODES)
+all_dtypes = pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+all_modes = pytest.mark.parametrize("mode", [None, *MODES], ids=str)
+both_record = pytest.mark.parametrize("record", [False, True], ids=("plain", "record"))
+
+
+def scales_of(columns):
+    return [0.7 + 0.1 * i for i in range(len(columns["params"]))]
+
+
+def counts_of(columns, rotation):
+    """Give neighbouring tensors different step counts; five rotations give each tensor each of them."""
+    return [float(STEPS[(i + rotation) % len(STEPS)]) for i in range(len(columns["params"]))]
+
+
+def take_step(columns, backend, mode, counts, maximize=False, **overrides):
+    lists = [columns[name] for name in COLUMNS]
+    hyper = HYPER | overrides
+    scales = scales_of(columns) if columns["importances"] else []
+    _ops.step_(*lists, scales, counts, **hyper, penalty_mode=mode or "proximal", maximize=maximize, backend=backend)
+
+
+def check_against_oracle(columns, backend, mode, record, rotation):
+    maximize = rotation % 2 == 1
+    counts = counts_of(columns, rotation)
+    before = copied(columns)
+    take_step(columns, backend, mode, counts, maximize)
+    for i, param in enumerate(columns["params"]):
+        was = {name: tensors[i] for name, tensors in before.items() if tensors}
+        got = {name: tensors[i] for name, tensors in columns.items() if tensors}
+        penalised, pull = {}, 0.0
+        if mode:
+            penalised = {
+                "importance": was["importances"],
+                "anchor": was["anchors"],
+                "weight": scales_of(columns)[i] / 2,
+            }
+        if mode == "coupled":
+            pull = oracle.penalty_gradient(was["params"], **penalised).abs()
+        theta, exp_avg, exp_avg_sq = oracle.step(
+            was["params"], was["grads"], was["exp_avgs"], was["exp_avg_sqs"], counts[i],
+            maximize=maximize, mode=mode, **penalised, **HYPER,
+        )  # fmt: skip
+        within(param_error(param, theta, was["params"], HYPER["lr"]), ("param", param.dtype))
+        largest = was["grads"].double().abs() + pull
+        within(relative_error(got["exp_avgs"], exp_avg, was["exp_avgs"].double().abs() + largest), "moment")
+        within(relative_error(got["exp_avg_sqs"], exp_avg_sq, was["exp_avg_sqs"].double() + largest**2), "moment")
+        if record:
+            omega = oracle.record(was["path_integrals"], was["grads"], was["params"], param, maximize)
+            scale = was["path_integrals"].double().abs() + (omega - was["path_integrals"].double()).abs()
+            within(relative_error(got["path_integrals"], omega, scale), "path_integral")
+        for name in ("grads", "importances", "anchors"):
+            assert name not in got or same_bits(got[name], was[name]), f"{name} was changed"
+        assert all(guards_are_untouched(tensor) for tensor in got.values())
+
+
+@backends
+@both_record
+@all_modes
+@all_dtypes
+def test_matches_oracle(backend, dtype, grad_dtype, mode, record):
+    columns = operands(dtype, grad_dtype, penalty=mode is not None, record=record)
+    for rotation in range(len(STEPS) if dtype == grad_dtype == F32 else 2):
+        check_against_oracle(columns, backend, mode, record, rotation)
+
+
+@all_modes
+def test_float64_matches_oracle(mode):
+    columns = operands(F64, F64, penalty=mode is not None)
+    for rotation in range(len(STEPS)):
+        check_against_oracle(columns, "auto", mode, True, rotation)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("special", [False, True], ids=("numbers", "nan, inf and subnormal"))
+@both_record
+@all_modes
+@all_dtypes
+def test_native_is_the_reference_bit_for_bit(backend, dtype, grad_dtype, mode, record, special):
+    columns = operands(dtype, grad_dtype, penalty=mode is not None, record=record, seed=3)
+    if special:
+        odd = torch.tensor([math.nan, math.inf, -math.inf, 1e-42, 0.0, -0.0, 6e-8, 65504.0, 3e38])
+        for params, grads in zip(columns["params"], columns["grads"], strict=True):
+            for tensor in (params, grads.flip(0) if grads.dim() == 0 else grads):
+                flat = tensor.view(-1)
+                flat[: len(odd)] = odd[: len(flat)].roll(0 if tensor is params else 1).to(tensor.dtype)
+    expected = copied(columns)
+    for rotation in range(3):
+        for backend_, lists in ((backend, columns), ("reference", expected)):
+            take_step(lists, backend_, mode, counts_of(columns, rotation), maximize=rotation == 2)
+        for name in COLUMNS:
+            for got, wanted in zip(columns[name], expected[name], strict=True):
+                assert same_bits(got, wanted), f"{name} {tuple(got.shape)}, rotation {rotation}"
+    assert all(guards_are_untouched(tensor) for tensors in columns.values() for tensor in tensors)
+
+
+def test_oracle_proximal_point_is_the_argmin():
+    h, anchor, lr = torch.linspace(-1, 1, 9, dtype=F64), torch.tensor(0.3, dtype=F64), 1e-2
+    for k in (0.0, 1e-3, 1.0, 1e6):
+        denom = torch.linspace(0.01, 2, 9, dtype=F64)
+        x = oracle.proximal_point(h, anchor, k, lr, denom).requires_grad_()
+        (slope,) = torch.autograd.grad((denom * (x - h) ** 2 / (2 * lr) + k * (x - anchor) ** 2 / 2).sum(), x)
+        assert float(slope.abs().max()) < 1e-9 * (1 + k)
+
+
+# ---------------------------------------------------------------- against torch
+
+
+@backends
+@pytest.mark.parametrize("maximize", [False, True], ids=("minimise", "maximise"))
+@pytest.mark.parametrize("plain", ["no importance", "reg_lambda 0"])
+def test_without_penalty_it_is_torch_adamw(backend, plain, maximize):
+    ours, theirs = tiny_model(), tiny_model()
+    options = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-7, "weight_decay": 0.1, "maximize": maximize}
+    importance, reg_lambda = (None, 1.0) if plain == "no importance" else (random_importance(ours), 0.0)
+    optimizer = AlrAdamW(ours.named_parameters(), importance, reg_lambda=reg_lambda, backend=backend, **options)
+    reference = torch.optim.AdamW(theirs.parameters(), foreach=False, **options)
+    largest = [torch.full_like(param, 1e-2).double() for param in members(optimizer)]
+    for number in range(1, 18):
+        largest = [
+            torch.maximum(was, p.detach().double().abs()) for was, p in zip(largest, ours.parameters(), strict=True)
+        ]
+        for stepper in (optimizer, reference):
+            set_grads(stepper, number)
+            stepper.step()
+        if number in (1, 17):
+            for got, expected, unit in zip(ours.parameters(), theirs.parameters(), largest, strict=True):
+                error = (got - expected).detach().double().abs() / ulp(unit, F32)
+                within(float(error.max()), f"torch step {number}")
+
+
+@backends
+@modes
+def test_reg_lambda_zero_changes_no_bit(backend, mode):
+    penalised, plain = tiny_model(), tiny_model()
+    first = tiny_optimizer(penalised, reg_lambda=0.0, mode=mode, backend=backend, record=True)
+    second = AlrAdamW(plain.named_parameters(), lr=1e-2, weight_decay=0.1, backend=backend, record=True)
+    for model, optimizer in ((penalised, first), (plain, second)):
+        train(model, optimizer, 4)
+    for state in first.state.values():
+        state.pop("anchor")
+    assert_same_state(first, second)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("backend", "dtype"), [*((b, F32) for b in ("reference", "native")), ("auto", F64)])
+def test_coupled_is_autograd_of_the_whole_loss_and_torch_adamw(backend, dtype, normalize):
+    """From one common point a step: a sign that flips in m̂/√v̂ would otherwise separate the two paths for good."""
+    if backend == "native" and (reason := _ops.step_backends("cpu", F32)["native"]):
+        pytest.skip(reason)
+    ours, theirs = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
+    importance = random_importance(ours)
+    alphas = {"embed": 0.1, "layers.0": 0.5, "layers.1": 0.25, "head": 0.15}
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-3, "weight_decay": 0.1}
+    anchors = {name: (p + 0.1 * torch.randn_like(p)).detach() for name, p in ours.named_parameters()}
+    optimizer = AlrAdamW(
+        ours.named_parameters(), importance, alphas, reg_lambda=0.05, mode="coupled", normalize=normalize,
+        anchor=anchors, backend=backend, **hyper,
+    )  # fmt: skip
+    reference = torch.optim.AdamW(theirs.parameters(), foreach=False, **hyper)
+    by_name = {name: alphas[name.rpartition(".")[0]] for name in importance}
+    weights = oracle.weights(importance, by_name, 0.05, normalize)
+    worst = 0.0
+    for number in range(17):
+        train(ours, optimizer, 1, first=number)
+        reference.zero_grad()
+        loss = tiny_loss(theirs, number % 3)
+        for name, param in theirs.named_parameters():
+            loss = loss + oracle.penalty(param, anchors[name], importance[name].to(dtype), weights[name])
+        loss.backward()
+        reference.step()
+        for got, expected in zip(ours.parameters(), theirs.parameters(), strict=True):
+            worst = max(worst, float((got - expected).detach().abs().max()))
+    assert worst < (1e-12 if dtype == F64 else 2e-6), f"apart by {worst}, after moves of about {17 * hyper['lr']}"
+
+
+# ---------------------------------------------------------------- what holds for any numbers
+
+
+@backends
+@modes
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+def test_zero_importance_steps_as_without_penalty(backend, mode, dtype):
+    columns = operands(dtype, dtype)
+    plain = copied(columns) | {"importances": [], "anchors": []}
+    masks = [importance == 0 for importance in columns["importances"]]
+    for anchor in columns["anchors"]:
+        anchor.view(-1)[: anchor.numel() // 2] = 1e4  # far away: an exact 0 must still be an exact 0
+    for rotation in range(2):
+        take_step(columns, backend, mode, counts_of(columns, rotation))
+        take_step(plain, backend, None, counts_of(columns, rotation))
+    assert sum(int(mask.sum()) for mask in masks) > 1000
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "path_integrals"):
+        for got, expected, mask in zip(columns[name], plain[name], masks, strict=True):
+            assert same_bits(got[mask], expected[mask]), name
+
+
+@backends
+@modes
+@pytest.mark.parametrize("anchor", [0.0, 0.5])
+@pytest.mark.parametrize("k", [10.0**e for e in range(-3, 10)])
+def test_rests_where_the_penalty_balances_the_slope(backend, mode, k, anchor):
+    """Task loss g·θ and curvature k: the resting point is g/k below the anchor, for k over 12 decades."""
+    slope = 0.5
+    # coupled is stable while lr·k/D < 2, and D ≥ eps at rest; proximal is stable for any k: lr·k/D up to 1e10
+    options = {"eps": 1.0, "lr": 0.2 / k} if mode == "coupled" else {"eps": 1e-8, "lr": max(1.0, 0.1 / k)}
+    param = torch.nn.Parameter(torch.tensor([anchor - 0.4 * slope / k]))
+    optimizer = AlrAdamW(
+        [("w", param)], {"w": torch.ones(1)}, {"(root)": 1.0}, reg_lambda=k / 2, normalize=False, mode=mode,
+        anchor={"w": torch.tensor([anchor])}, weight_decay=0.0, backend=backend, **options,
+    )  # fmt: skip
+    for _ in range(400):
+        param.grad = torch.tensor([slope])
+        optimizer.step()
+    rest = slope / k
+    rounding = 4 * float(ulp(torch.tensor(max(anchor, rest), dtype=F64), F32))
+    assert float(anchor - param.detach().double()) == pytest.approx(rest, rel=1e-4, abs=rounding if anchor else 0.0)
+
+
+finite = st.floats(-1e4, 1e4, width=32)
+
+
+@backends
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@given(data=st.lists(st.tuples(finite, finite, finite, st.floats(0, 2.0**127, width=32)), min_size=1, max_size=8))
+@example(data=[(1.0, 1.0, 1.0, 1e9), (0.5, -0.5, 0.0, 1.0), (-1e4, 1e4, 1e-3, 1e38), (0.02, 0.0, 1.0, 1e-38)])
+def test_the_pull_never_crosses_the_anchor(backend, dtype, data):
+    """The weight ends between where AdamW alone would have put it and its anchor, ends included."""
+    param, anchor, grad, importance = (torch.tensor(column) for column in zip(*data, strict=True))
+    results = []
+    for omega in (importance, torch.zeros_like(importance)):
+        columns = {
+            "params": [param.to(dtype, copy=True)],
+            "grads": [grad.to(dtype)],
+            "exp_avgs": [torch.zeros_like(param)],
+            "exp_avg_sqs": [torch.zeros_like(param)],
+            "importances": [omega],
+            "anchors": [anchor.to(dtype)],
+            "path_integrals": [],
+        }
+        take_step(columns, backend, "proximal", [1.0])
+        results.append(columns["params"][0].double())
+    pulled, alone = results
+    ends = torch.stack([alone, anchor.to(dtype).double()])
+    assert bool(((ends.min(0).values <= pulled) & (pulled <= ends.max(0).values)).all()), (pulled, ends)
+
+
+@backends
+@all_modes
+def test_maximize_is_minimising_the_negative(backend, mode):
+    columns = operands(F32, F32, penalty=mode is not None)
+    negated = copied(columns)
+    for grad in negated["grads"]:
+        grad.neg_()
+    take_step(columns, backend, mode, counts_of(columns, 0), maximize=True)
+    take_step(negated, backend, mode, counts_of(columns, 0), maximize=False)
+    for name in set(COLUMNS) - {"grads"}:
+        assert all(map(same_bits, columns[name], negated[name])), name
+
+
+@backends
+@modes
+def test_order_of_parameters_changes_no_bit(backend, mode):
+    models = tiny_model(), tiny_model()
+    importance = random_importance(models[0])
+    named = list(models[1].named_parameters())
+    shuffled = [named[i] for i in torch.randperm(len(named)).tolist()]
+    assert [name for name, _ in shuffled] != [name for name, _ in named]
+    for model, pairs in zip(models, (list(models[0].named_parameters()), shuffled), strict=True):
+        optimizer = AlrAdamW(pairs, importance, lr=1e-2, reg_lambda=3.0, mode=mode, backend=backend, record=True)
+        train(model, optimizer, 3)
+        recorded = optimizer.recorded_importance()
+        results = {name: (param, recorded[name]) for name, param in model.named_parameters()}
+        if model is models[0]:
+            expected = results
+    for name, (param, omega) in results.items():
+        assert same_bits(param, expected[name][0]), name
+        assert same_bits(omega, expected[name][1]), name
+
+
+@backends
+def test_deepcopied_model_steps_alike(backend):
+    """State follows the parameter that it belongs to, not its address."""
+    model = tiny_model()
+    twin = copy.deepcopy(model)
+    for each in (model, twin):
+        train(each, tiny_optimizer(each, backend=backend), 2)
+    assert all(map(same_bits, model.parameters(), twin.parameters()))
+
+
+def test_float16_parameter_overflows_as_storage_does():
+    """A step beyond float16's range stores inf, as a cast does; nothing wraps."""
+    for backend in ("reference", "auto"):
+        columns = operands(F16, F16, penalty=False, record=False, shapes=((4,),))
+        columns["params"][0].fill_(65504.0)
+        columns["grads"][0].fill_(-1.0)
+        take_step(columns, backend, None, [1.0], lr=1e6, weight_decay=0.0)
+        assert bool(torch.isinf(columns["params"][0]).all())

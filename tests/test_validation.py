@@ -1,0 +1,383 @@
+"""What is refused, with which message, and that a refusal changes nothing. Every raise of _validate.py is reached."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import math
+import re
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import F32, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
+from torch import nn
+
+from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops, _validate, layer_coefficients
+
+SOURCE = Path(_validate.__file__)
+ALPHAS = {"embed": 0.25, "layers.0": 0.25, "layers.1": 0.25, "head": 0.25}
+
+
+def p(*shape, dtype=F32):
+    return nn.Parameter(torch.ones(shape or (2,), dtype=dtype), requires_grad=dtype.is_floating_point)
+
+
+def new(c, importance=None, coeffs="softmax", **options):
+    return AlrAdamW(c.model.named_parameters(), importance, coeffs, **options)
+
+
+def one(name="w", param=None, importance=None, **options):
+    return AlrAdamW([(name, p() if param is None else param)], importance, **options)
+
+
+def step(param, grad=None, **options):
+    optimizer = one(param=param, **options)
+    param.grad = grad
+    optimizer.step()
+
+
+def sparse_gradient(c):
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = AlrAdamW(table.named_parameters())
+    table(torch.tensor([1])).sum().backward()
+    optimizer.step()
+
+
+def wrong_gradient_shape(c):
+    """The good parameters before it must not have stepped when this one is refused."""
+    param = c.model.head.weight
+    param.grad, kept = torch.ones_like(param), param.data
+    param.data = torch.ones(2, 2)
+    try:
+        c.optimizer.step()
+    finally:
+        param.data = kept
+
+
+def dtensor(c):
+    param = p()
+    param.to_local = lambda: None
+    step(param)
+
+
+def anchored(c, **changes):
+    anchor = {name: t.detach() for name, t in c.model.named_parameters()} | changes
+    return new(c, c.importance, anchor={name: t for name, t in anchor.items() if t is not None})
+
+
+def group(c, **options):
+    c.optimizer.add_param_group({"params": [("extra", p())], **options})
+
+
+def load(c, change):
+    saved = copy.deepcopy(c.optimizer.state_dict())
+    change(saved)
+    c.optimizer.load_state_dict(saved)
+
+
+def recorder(c, optimizer_type=torch.optim.SGD, **options):
+    optimizer = optimizer_type(c.model.parameters(), lr=0.1, **options)
+    return optimizer, ImportanceRecorder(optimizer, c.model.named_parameters())
+
+
+def released(c):
+    class Releasing(torch.optim.SGD):
+        def step(self, closure=None):
+            self.zero_grad(set_to_none=True)
+
+    optimizer, _ = recorder(c, Releasing)
+    tiny_loss(c.model).backward()
+    optimizer.step()
+
+
+def scaled(c):
+    optimizer, _ = recorder(c, torch.optim.AdamW, fused=True)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(tiny_loss(c.model)).backward()
+    scaler.step(optimizer)
+
+
+def nan_recording(c):
+    optimizer = one(param=(param := p()), record=True)
+    param.grad = torch.tensor([math.nan, 1.0])
+    optimizer.step()
+    optimizer.recorded_importance()
+
+
+def with_importance(name, value):
+    return lambda c: new(c, c.importance | {name: value})
+
+
+def mark_amsgrad(saved):
+    saved["param_groups"][0]["amsgrad"] = True
+
+
+def grow_moment(saved):
+    saved["state"][0]["exp_avg"] = torch.zeros(9)
+
+
+def add_group(saved):
+    saved["param_groups"].append({"params": []})
+
+
+def other_fingerprint(saved):
+    saved["param_groups"][0]["importance_fingerprint"] = "0" * 16
+
+
+# what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
+REFUSED = {
+    "mode": (lambda c: new(c, mode="explicit"), ValueError, "mode.*'coupled', 'proximal'.*got 'explicit'"),
+    "backend": (
+        lambda c: new(c, backend="cuda"),
+        ValueError, "backend.*'auto', 'reference', 'native', 'triton'.*'cuda'",
+    ),
+    "coeffs rule": (lambda c: new(c, c.importance, "paper"), ValueError, "'softmax'.*got 'paper'"),
+    "coeffs rule unused": (lambda c: new(c, None, "paper"), ValueError, "coeffs.*'softmax'.*got 'paper'"),
+    "by": (lambda c: layer_coefficients(c.importance, by="tensor"), ValueError, "by.*'block', 'module'.*'tensor'"),
+    "lr type": (lambda c: new(c, lr="fast"), TypeError, "lr: expected a number, got str 'fast'"),
+    "lr None": (lambda c: new(c, lr=None), TypeError, "lr: expected a number, got NoneType"),
+    "lr": (lambda c: new(c, lr=-1e-3), ValueError, r"lr: expected a number in \[0.*got -0.001"),
+    "lr nan": (lambda c: new(c, lr=math.nan), ValueError, "lr.*got nan"),
+    "lr inf": (lambda c: new(c, lr=math.inf), ValueError, "lr.*got inf"),
+    "eps": (lambda c: new(c, eps=-1e-8), ValueError, "eps.*got -1e-08"),
+    "weight_decay": (lambda c: new(c, weight_decay=-0.1), ValueError, "weight_decay.*got -0.1"),
+    "reg_lambda": (lambda c: new(c, reg_lambda=-1), ValueError, "reg_lambda.*got -1"),
+    "reg_lambda nan": (lambda c: new(c, reg_lambda=math.nan), ValueError, "reg_lambda.*got nan"),
+    "betas pair": (lambda c: new(c, betas=0.9), TypeError, "betas: expected a pair.*0.9"),
+    "betas three": (lambda c: new(c, betas=(0.9, 0.9, 0.9)), TypeError, "betas: expected a pair"),
+    "beta1": (lambda c: new(c, betas=(1.0, 0.9)), ValueError, r"betas\[0\].*\[0.0, 1.0\), got 1.0"),
+    "beta2": (lambda c: new(c, betas=(0.9, -0.1)), ValueError, r"betas\[1\].*got -0.1"),
+    "xi": (lambda c: c.optimizer.recorded_importance(0.0), ValueError, r"xi: expected a number in \(0.*got 0.0"),
+    "xi type": (lambda c: c.optimizer.recorded_importance("auto"), TypeError, "xi.*got str 'auto'"),
+    "temperature": (lambda c: layer_coefficients(c.importance, temperature=0), ValueError, "temperature.*got 0"),
+    "temperature word": (
+        lambda c: layer_coefficients(c.importance, temperature="mean"),
+        ValueError, "temperature.*'auto' or a number.*'mean'",
+    ),
+    **{
+        flag: (lambda c, flag=flag: new(c, **{flag: True}), TypeError, f"{flag}=True.*{text}")
+        for flag, text in {
+            "amsgrad": "leave it out", "foreach": "backend=", "fused": "backend=", "capturable": "leave it out",
+            "differentiable": "leave it out",
+        }.items()
+    },
+    "unknown option": (lambda c: new(c, reg_lamda=1.0), TypeError, r"'reg_lamda'.*help\(AlrAdamW\)"),
+    "group flag": (lambda c: group(c, fused=True), TypeError, "fused=True.*backend="),
+    "group misspelt": (lambda c: group(c, weight_decya=0.1), TypeError, "'weight_decya'; did you mean 'weight_decay'"),
+    "group lr": (lambda c: group(c, lr=-1), ValueError, "lr.*got -1"),
+    "group dtype": (
+        lambda c: c.optimizer.add_param_group({"params": [("n", p(dtype=torch.int64))]}),
+        TypeError, "'n'.*expected dtype float32.*got torch.int64.*freeze it or convert it",
+    ),
+    "complex": (lambda c: one(param=p(dtype=torch.complex64)), TypeError, "'w'.*complex64.*view_as_real"),
+    "integer": (
+        lambda c: one(param=p(dtype=torch.int32)),
+        TypeError, "'w': expected dtype float32.*got torch.int32.*freeze",
+    ),
+    "sparse parameter": (
+        lambda c: one(param=nn.Parameter(torch.eye(2).to_sparse())),
+        TypeError, "'w': expected a strided tensor.*sparse_coo",
+    ),
+    "same tensor twice": (
+        lambda c: AlrAdamW([{"params": [("a", t := p())]}, {"params": [("b", t)]}]),
+        ValueError, "more than one parameter group|'b'.*'a'",
+    ),
+    "same tensor twice in a group": (
+        lambda c: AlrAdamW([("a", t := p()), ("b", t)]),
+        ValueError, r"'b' is the same tensor as 'a'.*named_parameters\(\)",
+    ),
+    "names coincide": (lambda c: AlrAdamW([("w", p()), ("module.w", p())]), ValueError, "two parameters.*'w'.*rename"),
+    "artifact names coincide": (
+        lambda c: Importance({"w": torch.ones(1), "module.w": torch.ones(1)}), ValueError, "'w'.*rename",
+    ),
+    "sparse gradient": (sparse_gradient, RuntimeError, "'weight'.*sparse gradients.*sparse=False"),
+    "gradient shape": (wrong_gradient_shape, RuntimeError, r"'head.weight'.*shape \(1, 8\), expected \(2, 2\)"),
+    "DTensor": (dtensor, RuntimeError, "'w' is a DTensor.*DDP"),
+    "meta": (lambda c: step(nn.Parameter(torch.ones(2, device="meta"))), RuntimeError, "'w'.*meta.*materialise"),
+    "overlap": (
+        lambda c: step(nn.Parameter(torch.ones(1).expand(3))),
+        RuntimeError, r"'w'.*\(0,\).*share memory.*contiguous",
+    ),
+    "importance no tensor": (
+        with_importance("embed.bias", [1.0] * 8),
+        TypeError, "'embed.bias'.*floating-point.*got list",
+    ),
+    "importance integer": (
+        with_importance("embed.bias", torch.ones(8, dtype=torch.int64)),
+        TypeError, "'embed.bias'.*floating-point.*torch.int64",
+    ),
+    "importance nan": (
+        with_importance("embed.bias", torch.full((8,), math.nan)),
+        ValueError, "'embed.bias'.*finite.*nan.*record it again",
+    ),
+    "importance inf": (
+        with_importance("embed.bias", torch.full((8,), math.inf)),
+        ValueError, "'embed.bias'.*finite.*inf",
+    ),
+    "importance negative": (
+        with_importance("embed.bias", torch.tensor([1.0] * 7 + [-2.0])),
+        ValueError, "'embed.bias'.*≥ 0.*-2.*recorded_importance",
+    ),
+    "importance shape": (
+        with_importance("embed.bias", torch.ones(9)),
+        ValueError, r"'embed.bias': expected shape \(8,\).*got \(9,\).*another model",
+    ),
+    "importance names": (
+        with_importance("elsewhere", torch.ones(9)),
+        ValueError, r"1 of its entries match no parameter: 'elsewhere'.*select\(",
+    ),
+    "importance for unnamed": (
+        lambda c: AlrAdamW(c.model.parameters(), c.importance),
+        ValueError, r"importance.*named parameters.*named_parameters\(\)",
+    ),
+    "importance length": (lambda c: new(c, [torch.ones(8, 4)]), ValueError, "importance.*sequence of 8.*got 1"),
+    "importance type": (lambda c: new(c, 3.0), TypeError, "importance: expected an Importance.*got float"),
+    "importance zero": (
+        lambda c: new(c, {n: 0 * t for n, t in c.importance.items()}),
+        ValueError, "at least one positive.*record=True.*None",
+    ),
+    "importance empty": (lambda c: new(c, {}), ValueError, "at least one positive value"),
+    "coefficients type": (
+        lambda c: c.optimizer.set_coeffs([1.0]),
+        TypeError, "coeffs.*mapping layer → number, got list",
+    ),
+    "coefficients missing": (
+        lambda c: c.optimizer.set_coeffs({"head": 1}),
+        ValueError, "missing 'embed'.*layer_coefficients",
+    ),
+    "coefficients unknown": (lambda c: c.optimizer.set_coeffs(ALPHAS | {"x": 1}), ValueError, "unknown 'x'"),
+    "coefficients negative": (
+        lambda c: c.optimizer.set_coeffs(ALPHAS | {"head": -1}),
+        ValueError, r"coeffs\['head'\].*got -1",
+    ),
+    "coefficients without importance": (
+        lambda c: new(c, None, ALPHAS),
+        ValueError, "coeffs.*no effect without importance",
+    ),
+    "set_coeffs without importance": (lambda c: new(c).set_coeffs("uniform"), ValueError, "set_coeffs.*no importance"),
+    "start_phase coefficients without importance": (
+        lambda c: new(c).start_phase(coeffs="uniform"), ValueError, "coeffs.*importance",
+    ),
+    "anchor without importance": (
+        lambda c: new(c, anchor={"head.bias": torch.ones(1)}),
+        ValueError, "anchor.*no effect",
+    ),
+    "anchor missing": (lambda c: anchored(c, **{"head.bias": None}), ValueError, "anchor.*missing 'head.bias'"),
+    "anchor extra": (lambda c: anchored(c, x=torch.ones(1)), ValueError, "anchor.*not penalised 'x'"),
+    "anchor shape": (
+        lambda c: anchored(c, **{"head.bias": torch.ones(3)}), ValueError, r"anchor of 'head.bias'.*\(1,\), got \(3,\)",
+    ),
+    "anchor nan": (
+        lambda c: anchored(c, **{"head.bias": torch.full((1,), math.nan)}), ValueError, "anchor of 'head.bias'.*finite",
+    ),
+    "start_phase importance": (
+        lambda c: c.optimizer.start_phase({"head.bias": torch.ones(4)}), ValueError, r"'head.bias'.*\(1,\).*\(4,\)",
+    ),
+    "start_phase coefficients": (
+        lambda c: c.optimizer.start_phase(c.importance, {"x": 1.0}), ValueError, "unknown 'x'",
+    ),
+    "non-finite recording": (nan_recording, ValueError, r"1 non-finite element\(s\) in 'w'.*allow_nonfinite=True"),
+    "not recording": (lambda c: new(c).recorded_importance(), RuntimeError, "does not record.*record=True"),
+    "nothing recorded": (lambda c: new(c, record=True).recorded_importance(), RuntimeError, "no step"),
+    "recorder before a step": (lambda c: recorder(c)[1].finalise(), RuntimeError, "no step"),
+    "state keys": (
+        lambda c: c.optimizer.load_state_dict({"a": 1}),
+        ValueError, "keys 'state' and 'param_groups', got 'a'",
+    ),
+    "state groups": (lambda c: load(c, add_group), ValueError, r"\[8\].*\[8, 0\].*groups it was saved with"),
+    "state amsgrad": (lambda c: load(c, mark_amsgrad), ValueError, "amsgrad"),
+    "state shape": (lambda c: load(c, grow_moment), ValueError, r"exp_avg of parameter 0.*\(9,\).*\(8, 4\)"),
+    "state fingerprint": (
+        lambda c: load(c, other_fingerprint),
+        ValueError, "importance 0{16}.*this optimizer has.*same importance",
+    ),
+    "recorder strangers": (
+        lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), [("w", p())]),
+        ValueError, "of the optimizer, got 'w'",
+    ),
+    "recorder nothing": (lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), []), ValueError, "got none"),
+    "recorder twice": (
+        lambda c: ImportanceRecorder(c.optimizer, [("a", c.model.head.bias), ("b", c.model.head.bias)]),
+        ValueError, "'b'.*'a'",
+    ),
+    "recorder released": (released, RuntimeError, r"released every gradient.*AlrAdamW\(record=True\)"),
+    "recorder scaled": (scaled, RuntimeError, r"loss scale.*scaler\.unscale_"),
+    "file name": (
+        lambda c: Importance(c.importance).save("i.bin"),
+        ValueError, r"ending in \.safetensors, got 'i.bin'",
+    ),
+    "folder": (
+        lambda c: Importance(c.importance).save("nowhere/i.safetensors"),
+        FileNotFoundError, "no folder 'nowhere'; create it first",
+    ),
+    "backend that cannot": (
+        lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
+        "backend='native'.*float64.*reference.*auto",
+    ),
+}  # fmt: skip
+
+
+def context():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model, record=True)
+    train(model, optimizer, 2)
+    return SimpleNamespace(model=model, optimizer=optimizer, importance=random_importance(model))
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_refused_with_a_message_and_without_a_trace(what):
+    call, error, message = REFUSED[what]
+    c = context()
+    before = snapshot(c.optimizer)
+    with pytest.raises(error) as caught:
+        call(c)
+    assert re.search(message, str(caught.value), re.DOTALL), str(caught.value)
+    assert_unchanged(c.optimizer, before)
+    train(c.model, c.optimizer)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_every_raise_is_reached():
+    reached = set()
+    for call, *_ in REFUSED.values():
+        try:
+            call(context())
+        except Exception as caught:  # another error than expected is for the test above
+            frames = traceback.extract_tb(caught.__traceback__)
+            reached |= {frame.lineno for frame in frames if Path(frame.filename) == SOURCE}
+    raises = [node for node in ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise)]
+    missed = [node.lineno for node in raises if not reached & set(range(node.lineno, node.end_lineno + 1))]
+    assert not missed, f"no case reaches the raise in line(s) {missed} of {SOURCE.name}"
+
+
+def test_a_step_refused_at_its_first_call_binds_no_anchor():
+    """The message of step() promises that nothing was changed: the anchor is taken by the first step that happens."""
+    model = tiny_model()
+    optimizer = tiny_optimizer(model, record=True)
+    tiny_loss(model).backward()
+    kept = model.head.weight.data
+    model.head.weight.data = torch.ones(2, 2)
+    with pytest.raises((RuntimeError, ValueError), match=r"head\.weight"):
+        optimizer.step()
+    model.head.weight.data = kept
+    with torch.no_grad():
+        model.embed.weight.add_(1.0)  # a checkpoint is loaded, say
+    moved = model.embed.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(optimizer.state[model.embed.weight]["anchor"], moved)
+
+
+def test_a_users_own_group_keys_are_kept():
+    """Schedulers and frameworks keep their own keys in groups."""
+    optimizer = AlrAdamW([{"params": [("w", p())], "lr": 0.1, "swa_lr": 0.2, "note": "mine"}])
+    assert optimizer.param_groups[0]["note"] == "mine"
+
+
+def test_long_lists_of_names_are_shortened():
+    model = nn.ModuleDict({f"m{i:02d}": nn.Linear(1, 1) for i in range(20)})
+    with pytest.raises(ValueError, match=r"40 of its entries match no parameter: 'm00.bias'.* and 35 more"):
+        AlrAdamW([("w", p())], random_importance(model))
