@@ -16,7 +16,7 @@ from alr_kernels.step import native, reference
 doctor_module = importlib.import_module("alr_kernels.cli.doctor")  # the package's attribute is the command
 
 
-@pytest.fixture()
+@pytest.fixture
 def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the interpreter's child process: it takes seconds and has tests of its own."""
     monkeypatch.setattr(doctor_module, "_check_interpreted", list)
