@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,15 +11,13 @@ from torch.optim import Optimizer
 
 from . import _ops, _validate, penalty
 from . import state as _state
-from .coefficients import RULES, LayerCoefficients, resolve
+from .coefficients import RULES, LayerCoefficients
 from .importance.artifact import Importance
 from .importance.recorder import finalised
 from .names import layer_of, unwrap
 from .step.plan import MODES
 
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")
-# Keys that state_dict() adds to each saved group: what the state needs besides tensors.
-SAVED_KEYS = ("importance_fingerprint", "coeffs", "coeffs_rule", "recorded_steps")
 
 
 class AlrAdamW(Optimizer):
@@ -37,15 +35,14 @@ class AlrAdamW(Optimizer):
 
     Args:
         params: tensors, (name, tensor) pairs as ``model.named_parameters()`` gives, or param groups, each of which may
-            set ``lr``, ``betas``, ``eps``, ``weight_decay``, ``reg_lambda``, ``maximize``. float32, bfloat16,
-            float16 (moments and arithmetic float32) or float64 (by the reference).
+            set ``lr``, ``betas``, ``eps``, ``weight_decay``, ``reg_lambda``, ``maximize``. float32, bfloat16, float16
+            (moments and arithmetic float32) or float64 (by the reference).
         importance: Ω ≥ 0 shaped as the parameters: an :class:`Importance`, a mapping name → tensor (both need named
             parameters), a sequence aligned with ``params`` (None for no entry), or None. Parameters without an
             entry take the plain step.
         coeffs: α by layer: ``"softmax"``, ``"proportional"``, ``"uniform"``, a mapping layer → number, or what
             :func:`layer_coefficients` returned.
-        lr: learning rate ≥ 0. betas: decay rates of the moments, in [0, 1). eps: added to √v̂.
-            weight_decay: decoupled, towards zero, ≥ 0.
+        lr, betas, eps, weight_decay: as torch.optim.AdamW.
         reg_lambda: λ ≥ 0. With ``normalize`` the mean curvature k is 2λ for every model.
         mode: ``"proximal"`` or ``"coupled"``.
         normalize: divide by the mean of α·Ω over all entries; ``False`` is the paper's raw form.
@@ -58,8 +55,7 @@ class AlrAdamW(Optimizer):
         ValueError, TypeError: names, shapes, values or options that do not fit; the message says what to do.
         BackendUnavailableError: an explicit backend that cannot serve.
 
-    Construction checks everything and clones nothing; anchors are taken at the first step. State tensors are named as
-    torch.optim.AdamW's, whose state_dict loads here.
+    Construction clones nothing; anchors are taken at the first step. A torch.optim.AdamW state_dict loads here.
 
     Source: arXiv 2501.13669, eq. 3-7.
 
@@ -105,15 +101,8 @@ class AlrAdamW(Optimizer):
         self._bound = False
         self._recorded_steps = 0
         self._coeffs_choice: str | Mapping[str, float] = coeffs
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "reg_lambda": reg_lambda,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults)
+        values = (lr, betas, eps, weight_decay, reg_lambda, maximize)
+        super().__init__(params, dict(zip(OPTIONS, values, strict=True)))
         self._use(importance, coeffs)
         if anchor is not None:
             if self._penalty is None:
@@ -167,8 +156,7 @@ class AlrAdamW(Optimizer):
             self._penalty, scales = None, {}
         else:
             chosen = _state.Penalty.of(entries)
-            chosen.coeffs = resolve(coeffs, entries)
-            scales = chosen.unit_scales(self.normalize)
+            scales = chosen.weigh(coeffs, self.normalize)
             self._penalty = chosen
         self._coeffs_choice = coeffs
         for _, slot, _ in members:
@@ -191,24 +179,12 @@ class AlrAdamW(Optimizer):
         """
         if self._penalty is None:
             raise ValueError("set_coeffs: this optimizer has no importance to weigh.")
-        before, choice = self._penalty.coeffs, coeffs
-        self._penalty.coeffs = resolve(coeffs, self._penalty.importance)
-        try:
-            scales = self._penalty.unit_scales(self.normalize)
-        except ValueError:
-            self._penalty.coeffs = before
-            raise
+        scales = self._penalty.weigh(coeffs, self.normalize)
         for _, slot, _ in self._members():
             slot.unit_scale = scales.get(slot.name, 0.0)
-        self._coeffs_choice = choice
+        self._coeffs_choice = coeffs
 
     # ------------------------------------------------------------ the step
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -298,15 +274,12 @@ class AlrAdamW(Optimizer):
         Before the first step the anchors are the weights themselves (or the mapping that was given).
         """
         result: dict[str, Tensor] = {}
-        if self._penalty is None:
-            return result
-        by = self._penalty.coeffs.by
+        by = self._penalty.coeffs.by if self._penalty else "block"
         for group, slot, param in self._members():
             if slot.importance is None:
                 continue
-            anchor = self.state[param].get("anchor") if param in self.state else None
-            if anchor is None:
-                anchor = self._anchor[slot.name].to(param.device) if self._anchor else param
+            given = self._anchor[slot.name].to(param.device) if self._anchor else param
+            anchor = self.state.get(param, {}).get("anchor", given)
             scale = float(group["reg_lambda"]) * slot.unit_scale
             value = penalty.value(param, anchor, slot.importance.to(param.device), scale)
             layer = layer_of(slot.name, by)
@@ -315,9 +288,7 @@ class AlrAdamW(Optimizer):
 
     def penalty(self) -> Tensor:
         """Return the penalty that the steps act on, a 0-dim float64 tensor; see :meth:`penalty_by_layer`."""
-        values = list(self.penalty_by_layer().values())
-        if not values:
-            return torch.zeros((), dtype=torch.float64)
+        values = list(self.penalty_by_layer().values()) or [torch.zeros((), dtype=torch.float64)]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
     def recorded_importance(
@@ -338,12 +309,12 @@ class AlrAdamW(Optimizer):
         """
         _validate.recording(self.record, self._recorded_steps > 0)
         members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
-        rows = [row for row in members if "path_integral" in row[2]]
+        names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
         return finalised(
-            [name for name, _, _ in rows],
-            [state["path_integral"] for _, _, state in rows],
-            [param for _, param, _ in rows],
-            [state["start"] for _, _, state in rows],
+            list(names),
+            [state["path_integral"] for state in states],
+            list(params),
+            [state["start"] for state in states],
             xi=xi,
             relative=relative,
             steps=self._recorded_steps,
@@ -404,11 +375,8 @@ class AlrAdamW(Optimizer):
         if coeffs is not None and self._penalty is not None and coeffs != dict(self._penalty.coeffs):
             self.set_coeffs(coeffs)
         self._coeffs_choice = saved_groups[0].get("coeffs_rule") or self._coeffs_choice
-        groups = [
-            {key: value for key, value in _state.loaded_group(group, saved).items() if key not in SAVED_KEYS}
-            for group, saved in zip(self.param_groups, saved_groups, strict=True)
-        ]
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        groups = map(_state.loaded_group, self.param_groups, saved_groups)
+        super().load_state_dict({"state": {}, "param_groups": list(groups)})
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
             saved = state_dict["state"].get(key)
@@ -423,15 +391,6 @@ class AlrAdamW(Optimizer):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in public + private}}
 
     def __repr__(self) -> str:
-        slots = [slot for _, slot, _ in self._members()]
-        covered = sum(slot.importance is not None for slot in slots)
-        lines = [super().__repr__(), f"mode: {self.mode}, backend: {self.backend}, record: {self.record}"]
-        if self._penalty is None:
-            lines.append("importance: none, every parameter takes the plain AdamW step")
-        else:
-            lines.append(
-                f"importance: {covered} of {len(slots)} parameters, {len(slots) - covered} without importance take the "
-                f"plain step; {len(self.coeffs or ())} layers, "
-                f"{self._penalty.coeffs.effective_layers:.1f} effective ({self._penalty.coeffs.rule})"
-            )
-        return "\n".join(lines)
+        plain = "importance: none, every parameter takes the plain AdamW step"
+        covered = self._penalty.describe(len(self._members())) if self._penalty else plain
+        return f"{super().__repr__()}\nmode: {self.mode}, backend: {self.backend}, record: {self.record}\n{covered}"

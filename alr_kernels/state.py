@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _validate
+from .coefficients import LayerCoefficients, resolve
 from .importance.artifact import Importance, content_fingerprint
 from .names import layer_of, unwrap
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Flags of torch's own AdamW groups that have no meaning here; dropped when its state_dict is loaded.
 TORCH_ONLY = frozenset({"amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
+
+# Keys that state_dict() adds to each saved group: what a resumed run needs besides tensors.
+SAVED_KEYS = frozenset({"importance_fingerprint", "coeffs", "coeffs_rule", "recorded_steps"})
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Penalty:
     fingerprint: str
     sums: dict[str, float]  # name → Σ Ω, float64
     numels: dict[str, int]
-    coeffs: Any = field(default_factory=dict)
+    coeffs: LayerCoefficients = field(default_factory=lambda: LayerCoefficients({}))
 
     @classmethod
     def of(cls, importance: Mapping[str, Tensor]) -> Penalty:
@@ -62,16 +66,28 @@ class Penalty:
             {name: tensor.numel() for name, tensor in importance.items()},
         )
 
-    def unit_scales(self, normalize: bool) -> dict[str, float]:
-        """Return name → 2·α/normaliser, the normaliser being mean(α·Ω) over all entries (1 if not ``normalize``)."""
-        by = self.coeffs.by
-        alpha = {name: self.coeffs[layer_of(name, by)] for name in self.importance}
+    def weigh(self, coeffs: str | Mapping[str, float], normalize: bool) -> dict[str, float]:
+        """Take new coefficients and return name → 2·α/normaliser; when it raises, the old ones stay.
+
+        The normaliser is mean(α·Ω) over all entries, or 1 without ``normalize``.
+        """
+        resolved = resolve(coeffs, self.importance)
+        alpha = {name: resolved[layer_of(name, resolved.by)] for name in self.importance}
         normalizer = 1.0
         if normalize:
             weighted = sum(alpha[name] * total for name, total in self.sums.items())
             _validate.some_importance({"coeffs · importance": weighted})
             normalizer = weighted / sum(self.numels.values())
+        self.coeffs = resolved
         return {name: 2.0 * value / normalizer for name, value in alpha.items()}
+
+    def describe(self, parameters: int) -> str:
+        """Say how many of the optimizer's parameters are penalised, and how many layers share the weight."""
+        plain = parameters - len(self.importance)
+        return (
+            f"importance: {len(self.importance)} of {parameters} parameters, {plain} without importance take the plain "
+            f"step; {len(self.coeffs)} layers, {self.coeffs.effective_layers:.1f} effective ({self.coeffs.rule})"
+        )
 
 
 def named_importance(
@@ -171,5 +187,5 @@ def loaded(param: Tensor, saved: Mapping[str, Any], has_importance: bool, record
 
 def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group's options: the saved ones, ours where it (a plain AdamW's) has none."""
-    options = {key: value for key, value in saved.items() if key not in TORCH_ONLY}
+    options = {key: value for key, value in saved.items() if key not in TORCH_ONLY | SAVED_KEYS}
     return {**{key: value for key, value in group.items() if key != "params"}, **options}

@@ -46,7 +46,7 @@ class Settings:
     evaluate_every: int = 40
     windows: int = 96  # of context + 1 bytes in each evaluation set
     lrs: tuple[float, ...] = (4e-4, 8e-4, 1.6e-3)
-    lambdas: tuple[float, ...] = (0.04, 0.1, 0.25)
+    lambdas: tuple[float, ...] = (0.04, 0.08, 0.16)
 
     @classmethod
     def fast(cls, arch: str, seed: int) -> Settings:
@@ -242,10 +242,12 @@ def compare(runs: Sequence[Run], chosen: dict[str, str]) -> dict[str, Any]:
         for run in runs
     ]
     at_level = {family: forgetting_at(by_label[label].points["test"], level) for family, label in chosen.items()}
+    pooled = {family: [p for run in runs if run.arm.family == family for p in run.points["test"]] for family in chosen}
     return {
         "shared_level": level,
         "rows": rows,
         "at_shared_level": at_level,
+        "frontier_at_shared_level": {family: forgetting_at(points, level) for family, points in pooled.items()},
         "verdict": verdict(rows),
         "runs": [{"arm": asdict(run.arm), "label": run.arm.label, "points": run.points} for run in runs],
     }

@@ -64,9 +64,11 @@ def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
     """Return the closing paragraphs: what was compared, what came out, and how it was chosen."""
     at_level, level = result["at_shared_level"], result["shared_level"]
     forgot = ", ".join(f"{family} {value:.3f}" for family, value in at_level.items())
+    frontier = ", ".join(f"{family} {value:.3f}" for family, value in result["frontier_at_shared_level"].items())
     said = [
         f"At the same domain NLL of {level:.3f} nats a byte (the best that every family's chosen run reached), the "
         f"general NLL had risen by: {forgot} nats. " + " ".join(_less(result, family) for family in OURS),
+        f"On the lower envelope of each family's three runs together, at the same domain NLL: {frontier} nats.",
         "How this was chosen: λ, the learning rate of the penalised arms, the coefficient rule "
         f"({result['selection']['rule']}) and each family's run (→) on validation texts only; every number above is "
         "from test texts, disjoint by file. Between evaluations the lower envelope of a run is read linearly.",
