@@ -39,6 +39,13 @@ def test_named_result_files_exist() -> None:
         json.loads((ROOT / name).read_text(encoding="utf-8"))
 
 
+def test_line_counts_are_true() -> None:
+    rows = re.findall(r"\[`(alr_kernels/[\w/]+\.py)`\]\([^)]*\) \| (\d+) \|", README)
+    assert len(rows) == 4
+    for name, lines in rows:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
+
+
 @pytest.mark.parametrize("page", ["docs/method.md", "docs/artifact.md", "CONTRIBUTING.md", "README.md"])
 def test_linked_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
