@@ -51,16 +51,18 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 	$(PY) -m pytest $(TESTS) alr_kernels bench
 
 .PHONY: bench
-bench: setup ## benchmarks on this machine, JSON into bench/results/local
+bench: setup ## benchmarks on this machine, JSON into bench/results/local.json
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json
 
 # Offline and without pip: the system's own Python with torch, Triton, pybind11, ninja, pytest and nvcc.
 .PHONY: gpu
 gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchmarks; results in RESULTS
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "make gpu needs a CUDA device and a torch that sees it; on a CPU use make test"; exit 1; }
 	mkdir -p $(RESULTS)
 	ALR_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
-	-$(PYTHON) -m alr_kernels doctor --json > $(RESULTS)/doctor.json
 	status=0; \
+	$(PYTHON) -m alr_kernels doctor --json > $(RESULTS)/doctor.json || status=1; \
 	$(PYTHON) -m pytest tests/test_gpu.py -m gpu --junitxml=$(RESULTS)/tests.xml || status=1; \
 	for tool in memcheck racecheck; do \
 	  if command -v compute-sanitizer > /dev/null; then \
