@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import sys
 from functools import cache
 from typing import Any
 
@@ -62,7 +61,6 @@ def machine() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "python": sys.executable,
     }
     if torch.cuda.is_available():
         facts["accelerators"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

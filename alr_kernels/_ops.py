@@ -30,9 +30,6 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot serve this device or dtype."""
 
 
-# ---------------------------------------------------------------- who serves what
-
-
 def step_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Return backend → '' when it can step such parameters, else the reason why not; best first."""
     narrow = "" if dtype != torch.float64 else "float64 parameters go through the reference"
@@ -73,9 +70,6 @@ def choose_step_backend(requested: str, device: torch.device, dtype: torch.dtype
 
 _STEP = {"reference": step_reference.step_, "native": step_native.step_, "triton": step_triton.step_}
 _IMPORTANCE = {"reference": importance_reference, "native": importance_native}
-
-
-# ---------------------------------------------------------------- layouts
 
 
 _is_contiguous = torch.Tensor.is_contiguous
@@ -122,9 +116,6 @@ def _in_layout(
                 write_back.append((original, copy))
             result[name][i] = copy
     return result, write_back
-
-
-# ---------------------------------------------------------------- the ops
 
 
 @torch.no_grad()

@@ -132,7 +132,12 @@ def steppable(name: str, param: Tensor) -> None:
         )
     if param.is_meta:
         raise RuntimeError(f"parameter {name!r} is on the meta device: materialise the model before the first step.")
-    if torch._debug_has_internal_overlap(param) == 1:
+    reach = 0  # of all smaller strides together; a stride within it may lead to the same element twice
+    overlaps = False
+    for stride, size in sorted((s, n) for s, n in zip(param.stride(), param.shape, strict=True) if n > 1):
+        overlaps |= stride <= reach
+        reach += stride * (size - 1)
+    if overlaps and param.numel():
         raise RuntimeError(
             f"parameter {name!r}: strides {param.stride()} for shape {tuple(param.shape)} make elements share memory "
             "(an expanded view); use .contiguous() before making it a parameter."

@@ -17,6 +17,8 @@ from .importance.recorder import finalised
 from .names import layer_of, unwrap
 from .step.plan import MODES
 
+OWN_ATTRIBUTES = ("mode", "normalize", "record", "backend")
+OWN_ATTRIBUTES += ("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice")
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")
 
 
@@ -39,7 +41,7 @@ class AlrAdamW(Optimizer):
             (moments and arithmetic float32) or float64 (by the reference).
         importance: Ω ≥ 0 shaped as the parameters: an :class:`Importance`, a mapping name → tensor (both need named
             parameters), a sequence aligned with ``params`` (None for no entry), or None. Parameters without an
-            entry take the plain step.
+            entry take the plain step. Its tensors are used, not copied: do not write into them.
         coeffs: α by layer: ``"softmax"``, ``"proportional"``, ``"uniform"``, a mapping layer → number, or what
             :func:`layer_coefficients` returned.
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
@@ -109,8 +111,6 @@ class AlrAdamW(Optimizer):
                 raise ValueError("anchor: it has no effect without importance; pass importance or leave it out.")
             named = {slot.name: param for _, slot, param in self._members()}
             self._anchor = _state.named_anchor(anchor, {n: named[n] for n in self._penalty.importance})
-
-    # ------------------------------------------------------------ construction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters take the plain step until :meth:`start_phase` brings importance for them."""
@@ -184,14 +184,11 @@ class AlrAdamW(Optimizer):
             slot.unit_scale = scales.get(slot.name, 0.0)
         self._coeffs_choice = coeffs
 
-    # ------------------------------------------------------------ the step
-
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients in ``p.grad``: those of the task loss alone.
 
-        Args:
-            closure: re-evaluates the model and returns the loss; optional.
+        ``closure``, if given, evaluates the model again and returns the loss.
 
         Raises:
             RuntimeError: a sparse gradient, or a parameter whose elements share memory. Nothing has been changed then.
@@ -202,9 +199,10 @@ class AlrAdamW(Optimizer):
                 loss = closure()
         if not self._bound:
             self._bind()
-        for (group_index, *_), rows in self._buckets().items():
+        buckets = self._buckets()
+        for (group_index, *_), rows in buckets.items():
             self._step_bucket(self.param_groups[group_index], rows)
-        if self.record:
+        if self.record and buckets:
             self._recorded_steps += 1
         return loss
 
@@ -216,9 +214,10 @@ class AlrAdamW(Optimizer):
             if slot.importance is not None:
                 _validate.importance_shape(slot.name, slot.importance, param)
         for _, slot, param in members:
-            if slot.importance is not None or (self.record and param.requires_grad):
+            record = self.record and param.requires_grad
+            if slot.importance is not None or record:
                 anchor = self._anchor.get(slot.name) if self._anchor else None
-                _state.bind(slot, param, self.state[param], anchor, self.record)
+                _state.bind(slot, param, self.state[param], anchor, record)
         self._anchor = None
         self._bound = True
 
@@ -264,8 +263,6 @@ class AlrAdamW(Optimizer):
             maximize=bool(group["maximize"]),
             backend=self.backend,
         )
-
-    # ------------------------------------------------------------ what can be read
 
     @torch.no_grad()
     def penalty_by_layer(self) -> dict[str, Tensor]:
@@ -345,8 +342,6 @@ class AlrAdamW(Optimizer):
         self._bound = False
         self._recorded_steps = 0
 
-    # ------------------------------------------------------------ saving and loading
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the importance file: moments, anchor, start, ω, α, a fingerprint."""
         saved = super().state_dict()
@@ -371,24 +366,27 @@ class AlrAdamW(Optimizer):
         fingerprint = self._penalty.fingerprint if self._penalty else None
         _validate.state_dict(state_dict, self.param_groups, fingerprint)
         saved_groups = state_dict["param_groups"]
+        groups = list(map(_state.loaded_group, self.param_groups, saved_groups))
+        for group in groups:
+            _validate.group_options(group, OPTIONS)
         coeffs = saved_groups[0].get("coeffs") if saved_groups else None
         if coeffs is not None and self._penalty is not None and coeffs != dict(self._penalty.coeffs):
             self.set_coeffs(coeffs)
         self._coeffs_choice = saved_groups[0].get("coeffs_rule") or self._coeffs_choice
-        groups = map(_state.loaded_group, self.param_groups, saved_groups)
-        super().load_state_dict({"state": {}, "param_groups": list(groups)})
+        anchors = {param: state["anchor"] for param, state in self.state.items() if "anchor" in state}
+        super().load_state_dict({"state": {}, "param_groups": groups})
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
             saved = state_dict["state"].get(key)
             if saved is not None:
                 self.state[param] = _state.loaded(param, saved, slot.importance is not None, self.record)
+            if slot.importance is not None and param in anchors:  # a plain AdamW's state has none: keep ours
+                self.state[param].setdefault("anchor", anchors[param])
         self._recorded_steps = int(saved_groups[0].get("recorded_steps", 0)) if self.record and saved_groups else 0
         self._bound = False
 
     def __getstate__(self) -> dict[str, Any]:
-        public = ("mode", "normalize", "record", "backend")
-        private = ("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in public + private}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in OWN_ATTRIBUTES}}
 
     def __repr__(self) -> str:
         plain = "importance: none, every parameter takes the plain AdamW step"

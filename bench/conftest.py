@@ -19,11 +19,9 @@ def _commit() -> str:
 
 def pytest_benchmark_update_json(config: Any, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """Add what is needed to repeat the run."""
-    machine = _environment.machine()
-    machine.pop("python")
     output_json["alr_kernels"] = {
         "versions": _environment.versions(),
-        "machine": machine,
+        "machine": _environment.machine(),
         "build": _environment.build_facts(),
         "commit": _commit(),
     }

@@ -163,37 +163,6 @@ def test_components_of_wrappers_in_parameter_names(prefix):
     assert list(optimizer.recorded_importance()) == list(dict(other.named_parameters()))
 
 
-def test_parameters_without_gradient_are_left_alone():
-    model = tiny_model()
-    model.embed.weight.requires_grad_(False)
-    frozen = model.embed.weight.clone()
-    optimizer = AlrAdamW(model.named_parameters(), weight_decay=0.1, record=True)
-    train(model, optimizer, 2)
-    assert same_bits(model.embed.weight, frozen)
-    assert "exp_avg" not in optimizer.state.get(model.embed.weight, {})
-    assert "embed.weight" not in optimizer.recorded_importance()
-    optimizer.zero_grad()
-    before = copy.deepcopy(optimizer)
-    optimizer.step()
-    assert_same_state(optimizer, before)
-
-
-@pytest.mark.parametrize("freeze_first", [True, False], ids=("unfrozen later", "frozen after backward"))
-def test_freezing_and_unfreezing_while_recording(freeze_first):
-    model = tiny_model()
-    model.head.weight.requires_grad_(not freeze_first)
-    optimizer = AlrAdamW(model.named_parameters(), weight_decay=0.1, record=True)
-    tiny_loss(model).backward()
-    if freeze_first:
-        optimizer.step()
-    model.head.weight.requires_grad_(freeze_first)
-    if freeze_first:
-        optimizer.zero_grad()
-        tiny_loss(model).backward()
-    optimizer.step()
-    assert float(optimizer.recorded_importance()["embed.weight"].sum()) > 0
-
-
 def test_tied_parameters_step_once():
     model = tiny_model()
     model.layers[1].weight = model.layers[0].weight
@@ -213,7 +182,7 @@ def test_closure_is_evaluated_with_grad_and_its_loss_returned():
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == train(other, expected)
+    assert float(optimizer.step(closure).detach()) == train(other, expected)
     assert_same_state(optimizer, expected)
 
 

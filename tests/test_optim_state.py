@@ -256,3 +256,28 @@ def test_a_state_saved_before_the_first_step_resumes():
     train(model, first, 2)
     train(other, second, 2)
     assert_same_state(first, second)
+
+
+def test_a_given_anchor_outlives_a_plain_adamw_state():
+    model = tiny_model()
+    importance = random_importance(model)
+    anchor = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    optimizer = AlrAdamW(model.named_parameters(), importance, anchor=anchor)
+    train(model, optimizer)
+    before = float(optimizer.penalty())
+    assert before > 0
+    plain = torch.optim.AdamW(model.parameters())
+    optimizer.load_state_dict(plain.state_dict())
+    assert float(optimizer.penalty()) == before
+
+
+def test_a_loaded_state_with_a_bad_option_is_refused_and_changes_nothing():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    train(model, optimizer)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["lr"] = -5.0
+    kept = optimizer.param_groups[0]["lr"]
+    with pytest.raises(ValueError, match="lr"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == kept

@@ -201,6 +201,10 @@ REFUSED = {
         lambda c: step(nn.Parameter(torch.ones(1).expand(3))),
         RuntimeError, r"'w'.*\(0,\).*share memory.*contiguous",
     ),
+    "partial overlap": (
+        lambda c: step(nn.Parameter(torch.ones(10).as_strided((3, 3), (1, 1)))),
+        RuntimeError, r"'w'.*\(1, 1\).*share memory.*contiguous",
+    ),
     "importance no tensor": (
         with_importance("embed.bias", [1.0] * 8),
         TypeError, "'embed.bias'.*floating-point.*got list",

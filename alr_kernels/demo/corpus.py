@@ -73,7 +73,7 @@ class _Filling:
     def add(self, source: str, text: str) -> None:
         split = split_of(source)
         if text.strip() and self.wants(split):
-            self.parts[split].append(text.strip().encode() + b"\n\n")
+            self.parts[split].append(text.strip().encode(errors="backslashreplace") + b"\n\n")
             self.sources[split].append(source)
 
     def filled(self) -> int:

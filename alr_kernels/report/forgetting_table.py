@@ -69,7 +69,7 @@ def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
         f"At the same domain NLL of {level:.3f} nats a byte (the best that every family's chosen run reached), the "
         f"general NLL had risen by: {forgot} nats. " + " ".join(_less(result, family) for family in OURS),
         f"On the lower envelope of each family's three runs together, at the same domain NLL: {frontier} nats.",
-        "How this was chosen: λ, the learning rate of the penalised arms, the coefficient rule "
+        "How this was chosen: AdamW's learning rate, λ, the coefficient rule "
         f"({result['selection']['rule']}) and each family's run (→) on validation texts only; every number above is "
         "from test texts, disjoint by file. Between evaluations the lower envelope of a run is read linearly.",
     ]
