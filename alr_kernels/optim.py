@@ -17,8 +17,11 @@ from .importance.recorder import finalised
 from .names import layer_of, unwrap
 from .step.plan import MODES
 
-OWN_ATTRIBUTES = ("mode", "normalize", "record", "backend")
-OWN_ATTRIBUTES += ("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice")
+# What pickle and deepcopy must keep besides torch's own.
+OWN_ATTRIBUTES = (
+    *("mode", "normalize", "record", "backend"),
+    *("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice"),
+)
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")
 
 
