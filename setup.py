@@ -32,7 +32,7 @@ CXX_FLAGS += ["-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "2"]
 
 # Each instruction set gets its own copy of the loops; csrc/cpu.cpp chooses when it runs.
-CAPABILITIES = {"default": [], "avx2": ["-mavx2", "-mf16c"]}
+CAPABILITIES = {"default": [], "avx2": ["-mavx2"]}
 CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 CAPABILITY_SOURCES = ["step_cpu.cpp", "importance_cpu.cpp"]
 CUDA_SOURCES = ["importance_cuda.cu"]

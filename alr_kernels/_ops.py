@@ -141,6 +141,7 @@ def _step_eager(
     if not params:
         return
     chosen = choose_step_backend(backend, params[0].device, params[0].dtype)
+    grads = [grad.resolve_neg() for grad in grads]  # kernels read memory, where a lazy sign is not applied yet
     columns = {
         "params": params,
         "grads": grads,
@@ -177,6 +178,7 @@ def _accumulate_eager(
     previous: Sequence[Tensor],
     maximize: bool = False,
 ) -> None:
+    grads = [grad.resolve_neg() for grad in grads]
     columns = {"path_integrals": path_integrals, "grads": grads, "params": params, "previous": previous}
     laid, write_back = _in_layout(columns, {"path_integrals", "previous"})
     for rows, backend in _by_backend(laid["params"]):

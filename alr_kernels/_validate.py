@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .names import unwrap
+
 if TYPE_CHECKING:
     from os import PathLike
 
@@ -21,6 +23,7 @@ UNSUPPORTED_FLAGS = {
     "capturable": "CUDA graph capture is not supported yet; leave it out",
     "differentiable": "the step is not differentiable; leave it out",
 }
+FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -153,10 +156,10 @@ def importance_tensor(name: str, importance: Any) -> None:
         )
 
 
-def importance_values(name: str, importance: Tensor) -> None:
-    """Refuse negative and non-finite importance. One pass over the tensor."""
+def importance_values(name: str, importance: Tensor) -> float:
+    """Refuse negative and non-finite importance, and return its maximum. One pass over the tensor."""
     if importance.numel() == 0:
-        return
+        return 0.0
     low, high = (float(bound) for bound in torch.aminmax(importance.detach()))
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
@@ -167,6 +170,23 @@ def importance_values(name: str, importance: Tensor) -> None:
             f"importance of {name!r}: expected values ≥ 0, got min {low:.3g}; "
             "signed path integrals are finalised with recorded_importance(), which clamps once."
         )
+    return high
+
+
+def curvature(name: str, scale: float, largest: float) -> None:
+    """Refuse a curvature that float32 cannot hold: inf · 0 would be NaN where the importance is zero."""
+    if not (scale < FLOAT32_MAX and scale * largest < FLOAT32_MAX):
+        raise ValueError(
+            f"parameter {name!r}: the largest curvature 2·λ·α·Ω/normaliser is {scale * largest:.3g} (of Ω = 1: "
+            f"{scale:.3g}), more than float32 holds; lower reg_lambda or rescale the importance with normalized()."
+        )
+
+
+def same_dtype(name: str, now: torch.dtype, bound: torch.dtype) -> None:
+    raise RuntimeError(
+        f"parameter {name!r}: its dtype is {now}, it was {bound} at the first step; "
+        "convert the model before the first step, or build a new optimizer and load the state."
+    )
 
 
 def importance_shape(name: str, importance: Tensor, param: Tensor) -> None:
@@ -199,6 +219,11 @@ def named_for_mapping(what: str) -> None:
 def sequence_length(what: str, got: int, expected: int) -> None:
     if got != expected:
         raise ValueError(f"{what}: expected a sequence of {expected} tensors, one per parameter, got {got}.")
+
+
+def finite_norm(layer: str, norm: float) -> None:
+    if not math.isfinite(norm):
+        raise ValueError(f"importance: expected a finite norm in layer {layer!r}, got {norm}; rescale the importance.")
 
 
 def some_importance(norms: Mapping[str, float]) -> None:
@@ -250,7 +275,8 @@ def finite_recording(nonfinite: Mapping[str, float], allow: bool) -> None:
     if bad and not allow:
         raise ValueError(
             f"path integral: {sum(bad.values())} non-finite element(s) in {listed(bad)}: a gradient was NaN or inf "
-            "while recording. They would be given importance 0; pass allow_nonfinite=True to accept that."
+            "while recording, or ω/ξ passed float32 (raise ξ). They would be given importance 0; pass "
+            "allow_nonfinite=True to accept that."
         )
 
 
@@ -261,7 +287,9 @@ def recording(recorded: bool, has_state: bool) -> None:
         raise RuntimeError("recorded_importance: no step has been taken yet, so there is nothing to finalise.")
 
 
-def state_dict(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fingerprint: str | None) -> None:
+def state_dict(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fingerprint: str | None, penalty_form: str
+) -> None:
     """Check a state_dict before anything of the optimizer is changed."""
     if "state" not in saved or "param_groups" not in saved:
         raise ValueError(f"state_dict: expected keys 'state' and 'param_groups', got {listed(map(str, saved))}.")
@@ -274,7 +302,20 @@ def state_dict(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fi
     for saved_group, group in zip(saved_groups, groups, strict=True):
         if saved_group.get("amsgrad"):
             raise ValueError("state_dict: it was saved with amsgrad=True, which AlrAdamW does not implement.")
+        names = [[unwrap(name) for name in g.get("param_names") or ()] for g in (saved_group, group)]
+        if all(names) and names[0] != names[1]:
+            first = next(pair for pair in zip(*names, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"state_dict: expected parameter {first[1]!r} where it has {first[0]!r}; "
+                "pass the parameters in the order in which they were saved."
+            )
         for key, param in zip(saved_group["params"], group["params"], strict=True):
+            kept = saved["state"].get(key, {})
+            if kept and "exp_avg" not in kept and not kept.keys() & {"anchor", "path_integral"}:
+                raise ValueError(
+                    f"state_dict: expected AdamW's exp_avg and exp_avg_sq for parameter {key}, got "
+                    f"{listed(map(str, kept))}; it was saved by another optimizer."
+                )
             for field, value in saved["state"].get(key, {}).items():
                 if field != "step" and isinstance(value, Tensor) and value.shape != param.shape:
                     raise ValueError(
@@ -286,6 +327,12 @@ def state_dict(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fi
         raise ValueError(
             f"state_dict: it was saved with importance {saved_print}, this optimizer has {fingerprint or 'none'}; "
             "construct it with the same importance file, or start a new phase instead of resuming."
+        )
+    saved_form = saved_groups[0].get("penalty_form") if saved_print is not None else None
+    if saved_form is not None and saved_form != penalty_form:
+        raise ValueError(
+            f"state_dict: it was saved with {saved_form}, this optimizer has {penalty_form}; "
+            "construct it with the same options to resume."
         )
 
 
@@ -307,7 +354,7 @@ def recorder_scaling(grad_scale: object) -> None:
 
 def recorder_members(named: Mapping[str, Tensor], optimizer_params: Iterable[Tensor]) -> None:
     stepped = {id(param) for param in optimizer_params}
-    strangers = [name for name, param in named.items() if id(param) not in stepped]
+    strangers = [name for name, param in named.items() if param.requires_grad and id(param) not in stepped]
     if strangers or not named:
         raise ValueError(
             f"ImportanceRecorder: expected parameters of the optimizer, got {listed(strangers) or 'none'}; "

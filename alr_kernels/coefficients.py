@@ -68,9 +68,13 @@ def layer_norms(importance: Mapping[str, Tensor], by: LayerBy = "block") -> dict
     stats = getattr(importance, "stats", None)
     squares: dict[str, float] = {}
     for name in importance:
+        if not stats:
+            _validate.importance_values(name, importance[name])
         norm = stats[name].l2 if stats else float(importance[name].double().norm())
         layer = layer_of(name, by)
         squares[layer] = squares.get(layer, 0.0) + norm * norm
+    for layer, square in squares.items():
+        _validate.finite_norm(layer, square)
     return {layer: math.sqrt(square) for layer, square in squares.items()}
 
 

@@ -22,7 +22,6 @@ OWN_ATTRIBUTES = (
     *("mode", "normalize", "record", "backend"),
     *("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice"),
 )
-OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")
 
 
 class AlrAdamW(Optimizer):
@@ -50,7 +49,8 @@ class AlrAdamW(Optimizer):
         lr, betas, eps, weight_decay: as torch.optim.AdamW.
         reg_lambda: λ ≥ 0. With ``normalize`` the mean curvature k is 2λ for every model.
         mode: ``"proximal"`` or ``"coupled"``.
-        normalize: divide by the mean of α·Ω over all entries; ``False`` is the paper's raw form.
+        normalize: divide by the mean of α·Ω over all entries of the importance (``select`` those of the trained
+            parameters when others are frozen); ``False`` is the paper's raw form.
         anchor: θ* by name, for the parameters with importance; None takes their values at the first step.
         record: integrate ω += −g·Δθ in the same pass (works with and without a penalty).
         maximize: ascend.
@@ -107,7 +107,7 @@ class AlrAdamW(Optimizer):
         self._recorded_steps = 0
         self._coeffs_choice: str | Mapping[str, float] = coeffs
         values = (lr, betas, eps, weight_decay, reg_lambda, maximize)
-        super().__init__(params, dict(zip(OPTIONS, values, strict=True)))
+        super().__init__(params, dict(zip(_state.OPTIONS, values, strict=True)))
         self._use(importance, coeffs)
         if anchor is not None:
             if self._penalty is None:
@@ -120,7 +120,7 @@ class AlrAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _validate.group_options(group, OPTIONS)
+            _validate.group_options(group, _state.OPTIONS)
             offset = sum(len(slots) for slots in self._slots)
             names = group.get("param_names") or [f"params.{offset + i}" for i in range(len(group["params"]))]
             slots = [_state.Slot(unwrap(name)) for name in names]
@@ -165,6 +165,7 @@ class AlrAdamW(Optimizer):
         for _, slot, _ in members:
             slot.importance = entries.get(slot.name) if entries is not None else None
             slot.unit_scale = scales.get(slot.name, 0.0)
+            slot.largest = self._penalty.largest.get(slot.name, 0.0) if self._penalty else 0.0
         self._bound = False
 
     @property
@@ -173,9 +174,7 @@ class AlrAdamW(Optimizer):
         return self._penalty.coeffs if self._penalty else None
 
     def set_coeffs(self, coeffs: str | Mapping[str, float]) -> None:
-        """Change α from the next step on: a rule's name, a mapping layer → number, or ``layer_coefficients``' result.
-
-        With ``normalize`` the mean curvature stays 2λ.
+        """Change α from the next step on: a rule's name or a mapping layer → number. The mean curvature stays 2λ.
 
         Raises:
             ValueError: there is no importance, or the layers do not fit.
@@ -217,6 +216,7 @@ class AlrAdamW(Optimizer):
             if slot.importance is not None:
                 _validate.importance_shape(slot.name, slot.importance, param)
         for _, slot, param in members:
+            slot.dtype = param.dtype
             record = self.record and param.requires_grad
             if slot.importance is not None or record:
                 anchor = self._anchor.get(slot.name) if self._anchor else None
@@ -228,12 +228,17 @@ class AlrAdamW(Optimizer):
         """Group what has a gradient by (group, device, dtype, penalised?), checking every gradient first."""
         buckets: dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]] = {}
         for group_index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
-            penalised = float(group["reg_lambda"]) > 0
+            reg_lambda = float(group["reg_lambda"])
             for slot, param in zip(slots, group["params"], strict=True):
                 if param.grad is None:
                     continue
                 _validate.gradient(slot.name, param, param.grad)
-                key = (group_index, param.device, param.dtype, penalised and slot.unit_scale > 0)
+                if slot.dtype is not param.dtype:
+                    _validate.same_dtype(slot.name, param.dtype, slot.dtype)
+                penalised = reg_lambda > 0 and slot.unit_scale > 0
+                if penalised:
+                    _validate.curvature(slot.name, reg_lambda * slot.unit_scale, slot.largest)
+                key = (group_index, param.device, param.dtype, penalised)
                 buckets.setdefault(key, []).append((slot, param))
         return buckets
 
@@ -328,11 +333,12 @@ class AlrAdamW(Optimizer):
     ) -> None:
         """Begin the next domain here: the anchor becomes the present weights and ω starts from zero.
 
-        Moments and step counts go on. Nothing is changed when the new importance is refused.
+        Moments and step counts go on; take ``recorded_importance()`` first. A refused importance changes nothing.
 
         Args:
             importance: the next phase's importance, as in the constructor; None keeps the present one.
-            coeffs: the next phase's coefficients; None keeps the rule or mapping given last.
+            coeffs: the next phase's coefficients; None keeps what was given last: a rule's name is evaluated anew, a
+                mapping (``layer_coefficients``' result included) is taken as it is.
         """
         if importance is not None:
             self._use(importance, self._coeffs_choice if coeffs is None else coeffs)
@@ -345,47 +351,45 @@ class AlrAdamW(Optimizer):
         self._bound = False
         self._recorded_steps = 0
 
+    @property
+    def _penalty_form(self) -> str:
+        return f"mode={self.mode!r}, normalize={self.normalize}"
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the importance file: moments, anchor, start, ω, α, a fingerprint."""
         saved = super().state_dict()
-        extra = {
-            "importance_fingerprint": self._penalty.fingerprint if self._penalty else None,
-            "coeffs": dict(self._penalty.coeffs) if self._penalty else None,
-            "coeffs_rule": self._coeffs_choice if isinstance(self._coeffs_choice, str) else None,
-            "recorded_steps": self._recorded_steps,
-        }
+        extra = _state.extras(self._penalty, self._penalty_form, self._coeffs_choice, self._recorded_steps)
         saved["param_groups"] = [{**group, **extra} for group in saved["param_groups"]]
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch.optim.AdamW; everything is checked before anything is changed.
 
-        State dtypes survive (torch would cast them to the parameter's). Anchors and ω are taken where this optimizer
-        has importance, or records; the saved α replaces the constructor's.
+        Dtypes survive. Anchors and ω are taken where this optimizer has importance, or records; saved α is used.
 
         Raises:
             ValueError: other groups, shapes or importance, or a state saved with amsgrad.
         """
         fingerprint = self._penalty.fingerprint if self._penalty else None
-        _validate.state_dict(state_dict, self.param_groups, fingerprint)
+        state_dict = _state.after_pre_hooks(self, state_dict)
+        _validate.state_dict(state_dict, self.param_groups, fingerprint, self._penalty_form)
         saved_groups = state_dict["param_groups"]
         groups = list(map(_state.loaded_group, self.param_groups, saved_groups))
-        for group in groups:
-            _validate.group_options(group, OPTIONS)
-        coeffs = saved_groups[0].get("coeffs") if saved_groups else None
+        coeffs = saved_groups[0].get("coeffs")
         if coeffs is not None and self._penalty is not None and coeffs != dict(self._penalty.coeffs):
             self.set_coeffs(coeffs)
         self._coeffs_choice = saved_groups[0].get("coeffs_rule") or self._coeffs_choice
         anchors = {param: state["anchor"] for param, state in self.state.items() if "anchor" in state}
-        super().load_state_dict({"state": {}, "param_groups": groups})
+        _state.load_groups(self, super().load_state_dict, groups)
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
-            saved = state_dict["state"].get(key)
-            if saved is not None:
-                self.state[param] = _state.loaded(param, saved, slot.importance is not None, self.record)
-            if slot.importance is not None and param in anchors:  # a plain AdamW's state has none: keep ours
-                self.state[param].setdefault("anchor", anchors[param])
-        self._recorded_steps = int(saved_groups[0].get("recorded_steps", 0)) if self.record and saved_groups else 0
+            saved, penalised = state_dict["state"].get(key, {}), slot.importance is not None
+            state = _state.loaded(param, saved, penalised, self.record)
+            if penalised and param in anchors:  # a plain AdamW's state has none: keep ours
+                state.setdefault("anchor", anchors[param])
+            if state:
+                self.state[param] = state
+        self._recorded_steps = int(saved_groups[0].get("recorded_steps", 0)) if self.record else 0
         self._bound = False
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ dtype (float64 for float64); anchor and start have the parameter's dtype and sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")  # of a param group
 # Flags of torch's own AdamW groups that have no meaning here; dropped when its state_dict is loaded.
 TORCH_ONLY = frozenset({"amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
 
 # Keys that state_dict() adds to each saved group: what a resumed run needs besides tensors.
-SAVED_KEYS = frozenset({"importance_fingerprint", "coeffs", "coeffs_rule", "recorded_steps"})
+SAVED_KEYS = frozenset({"importance_fingerprint", "penalty_form", "coeffs", "coeffs_rule", "recorded_steps"})
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Slot:
     name: str
     importance: Tensor | None = None
     unit_scale: float = 0.0  # curvature_scale at reg_lambda = 1: 2·α / normaliser
+    largest: float = 0.0  # max Ω
+    dtype: torch.dtype | None = None  # of the parameter when it was bound
 
     @property
     def layer(self) -> str:
@@ -49,20 +52,21 @@ class Penalty:
     importance: Mapping[str, Tensor]
     fingerprint: str
     sums: dict[str, float]  # name → Σ Ω, float64
+    largest: dict[str, float]  # name → max Ω
     numels: dict[str, int]
     coeffs: LayerCoefficients = field(default_factory=lambda: LayerCoefficients({}))
 
     @classmethod
     def of(cls, importance: Mapping[str, Tensor]) -> Penalty:
         """Check values and take sums: two passes over each tensor."""
-        for name, tensor in importance.items():
-            _validate.importance_values(name, tensor)
+        largest = {name: _validate.importance_values(name, tensor) for name, tensor in importance.items()}
         sums = {name: float(tensor.detach().sum(dtype=torch.float64)) for name, tensor in importance.items()}
         _validate.some_importance(sums)
         return cls(
             importance,
             content_fingerprint(importance),
             sums,
+            largest,
             {name: tensor.numel() for name, tensor in importance.items()},
         )
 
@@ -149,7 +153,7 @@ def bind(slot: Slot, param: Tensor, state: dict[str, Any], anchor: Tensor | None
 
 
 def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    values = values.detach()
+    values = values.detach().resolve_neg()
     fits = values.dtype == dtype and values.device == param.device and values.stride() == param.stride()
     return values if fits and not copy else dense_like(param, dtype).copy_(values)
 
@@ -187,5 +191,39 @@ def loaded(param: Tensor, saved: Mapping[str, Any], has_importance: bool, record
 
 def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return a param group's options: the saved ones, ours where it (a plain AdamW's) has none."""
-    options = {key: value for key, value in saved.items() if key not in TORCH_ONLY | SAVED_KEYS}
-    return {**{key: value for key, value in group.items() if key != "params"}, **options}
+    ignored = TORCH_ONLY | SAVED_KEYS
+    if saved.get("importance_fingerprint") is None:
+        ignored |= {"reg_lambda"}  # it was saved without a penalty, where λ means nothing
+    options = {key: value for key, value in saved.items() if key not in ignored}
+    merged = {**{key: value for key, value in group.items() if key != "params"}, **options}
+    _validate.group_options(merged, OPTIONS)
+    return merged
+
+
+def extras(penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int) -> dict[str, Any]:
+    """Return what each saved group carries besides torch's keys: :data:`SAVED_KEYS`."""
+    return {
+        "importance_fingerprint": penalty.fingerprint if penalty else None,
+        "penalty_form": penalty_form,
+        "coeffs": dict(penalty.coeffs) if penalty else None,
+        "coeffs_rule": coeffs_choice if isinstance(coeffs_choice, str) else None,
+        "recorded_steps": recorded_steps,
+    }
+
+
+def after_pre_hooks(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the state as the hooks of ``register_load_state_dict_pre_hook`` leave it."""
+    state_dict = state_dict.copy()
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(optimizer, state_dict) or state_dict
+    return state_dict
+
+
+def load_groups(optimizer: Any, load: Callable[[dict[str, Any]], None], groups: list[dict[str, Any]]) -> None:
+    """Let torch load the groups alone, without running the hooks a second time."""
+    hooks = optimizer._optimizer_load_state_dict_pre_hooks
+    optimizer._optimizer_load_state_dict_pre_hooks = type(hooks)()
+    try:
+        load({"state": {}, "param_groups": groups})
+    finally:
+        optimizer._optimizer_load_state_dict_pre_hooks = hooks

@@ -25,7 +25,7 @@ constexpr int kCapabilityCount = sizeof(kCapabilities) / sizeof(kCapabilities[0]
 
 bool detected(int index) {
 #if defined(ALR_CPU_X86)
-  if (index == 1) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  if (index == 1) return __builtin_cpu_supports("avx2");
   if (index == 2) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && detected(1);

@@ -281,3 +281,34 @@ def test_a_loaded_state_with_a_bad_option_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="lr"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == kept
+
+
+def test_pre_hooks_see_and_may_change_the_whole_state():
+    """torch's documented way to bring a state into another order."""
+    a, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(-torch.ones(2))
+    importance = {"a": torch.ones(2), "b": torch.ones(2)}
+    first = AlrAdamW([("a", a), ("b", b)], importance)
+    a.grad, b.grad = torch.ones(2), torch.full((2,), 3.0)
+    first.step()
+    second = AlrAdamW([("b", b), ("a", a)], importance)
+
+    def by_name(optimizer, state_dict):
+        (saved,), (own,) = state_dict["param_groups"], optimizer.param_groups
+        order = [saved["param_names"].index(name) for name in own["param_names"]]
+        state = {i: state_dict["state"][key] for i, key in enumerate(order)}
+        return {"state": state, "param_groups": [{**saved, "params": [0, 1], "param_names": own["param_names"]}]}
+
+    second.register_load_state_dict_pre_hook(by_name)
+    second.load_state_dict(first.state_dict())
+    for param in (a, b):
+        assert torch.equal(second.state[param]["anchor"], first.state[param]["anchor"])
+        assert torch.equal(second.state[param]["exp_avg"], first.state[param]["exp_avg"])
+
+
+def test_lambda_of_a_run_without_importance_is_not_taken_over():
+    model = tiny_model()
+    recording = AlrAdamW(model.named_parameters(), record=True)
+    train(model, recording)
+    tuning = AlrAdamW(model.named_parameters(), random_importance(model), reg_lambda=0.05)
+    tuning.load_state_dict(recording.state_dict())
+    assert tuning.param_groups[0]["reg_lambda"] == 0.05

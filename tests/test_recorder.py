@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import BF16, MODES, random_importance, relative_error, same_bits, tiny_loss, tiny_model, train, within
@@ -270,3 +272,25 @@ def test_gradients_released_within_the_step_are_noticed():
     tiny_loss(model).backward()
     with pytest.raises(RuntimeError, match="released every gradient"):
         optimizer.step()
+
+
+def test_a_parameter_unfrozen_later_is_recorded_from_then_on():
+    layer = torch.nn.Linear(2, 1)
+    layer.bias.requires_grad_(False)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(optimizer, layer.named_parameters())
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+        layer.bias.requires_grad_(True)
+    assert set(recorder.finalise()) == {"weight", "bias"}
+    assert float(recorder.finalise()["bias"].sum()) > 0
+
+
+def test_a_recorder_is_not_copied_without_its_hooks():
+    layer = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    recorder = ImportanceRecorder(optimizer, layer.named_parameters())
+    with pytest.raises(TypeError, match="hooks"):
+        copy.deepcopy(recorder)

@@ -40,7 +40,7 @@ from cases import (
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from alr_kernels import AlrAdamW, _ops
+from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 modes = pytest.mark.parametrize("mode", MODES)
@@ -341,3 +341,20 @@ def test_float16_parameter_overflows_as_storage_does():
         columns["grads"][0].fill_(-1.0)
         take_step(columns, backend, None, [1.0], lr=1e6, weight_decay=0.0)
         assert bool(torch.isinf(columns["params"][0]).all())
+
+
+@pytest.mark.parametrize("through", ["step", "recorder"])
+def test_lazily_negated_gradients_keep_their_sign(through):
+    """autograd hands real parameters of complex computations gradients whose sign is still to be applied."""
+    lazy = torch.complex(torch.zeros(1), torch.ones(1)).conj().imag
+    assert lazy.is_neg()
+    param = torch.nn.Parameter(torch.zeros(1))
+    param.grad = lazy
+    if through == "step":
+        AlrAdamW([param], lr=0.1, weight_decay=0.0).step()
+        assert float(param.detach()) == pytest.approx(0.1)
+    else:
+        optimizer = torch.optim.SGD([param], lr=0.1)
+        recorder = ImportanceRecorder(optimizer, [("w", param)])
+        optimizer.step()
+        assert float(recorder._path_integrals["w"]) == pytest.approx(0.1)

@@ -100,6 +100,28 @@ def scaled(c):
     scaler.step(optimizer)
 
 
+def converted_after_the_first_step(c):
+    param = c.model.head.bias
+    param.data, kept = param.data.bfloat16(), param.data
+    param.grad = torch.ones_like(param)
+    try:
+        c.optimizer.step()
+    finally:
+        param.data = kept
+
+
+def other_order(saved):
+    saved["param_groups"][0]["param_names"].reverse()
+
+
+def another_optimizers_state(saved):
+    saved["state"][0] = {"momentum_buffer": torch.zeros(1)}
+
+
+def other_form(saved):
+    saved["param_groups"][0]["penalty_form"] = "mode='coupled', normalize=False"
+
+
 def nan_recording(c):
     optimizer = one(param=(param := p()), record=True)
     param.grad = torch.tensor([math.nan, 1.0])
@@ -150,7 +172,7 @@ REFUSED = {
     "betas three": (lambda c: new(c, betas=(0.9, 0.9, 0.9)), TypeError, "betas: expected a pair"),
     "beta1": (lambda c: new(c, betas=(1.0, 0.9)), ValueError, r"betas\[0\].*\[0.0, 1.0\), got 1.0"),
     "beta2": (lambda c: new(c, betas=(0.9, -0.1)), ValueError, r"betas\[1\].*got -0.1"),
-    "xi": (lambda c: c.optimizer.recorded_importance(0.0), ValueError, r"xi: expected a number in \(0.*got 0.0"),
+    "xi": (lambda c: c.optimizer.recorded_importance(0.0), ValueError, r"xi: expected a number in \[1e-30.*got 0.0"),
     "xi type": (lambda c: c.optimizer.recorded_importance("auto"), TypeError, "xi.*got str 'auto'"),
     "temperature": (lambda c: layer_coefficients(c.importance, temperature=0), ValueError, "temperature.*got 0"),
     "temperature word": (
@@ -196,6 +218,20 @@ REFUSED = {
     "sparse gradient": (sparse_gradient, RuntimeError, "'weight'.*sparse gradients.*sparse=False"),
     "gradient shape": (wrong_gradient_shape, RuntimeError, r"'head.weight'.*shape \(1, 8\), expected \(2, 2\)"),
     "DTensor": (dtensor, RuntimeError, "'w' is a DTensor.*DDP"),
+    "curvature": (
+        lambda c: step(p(), torch.ones(2), importance={"w": torch.tensor([0.0, 1e-10])}, reg_lambda=1e30),
+        ValueError, "'w'.*more than float32 holds.*reg_lambda",
+    ),
+    "dtype changed": (converted_after_the_first_step, RuntimeError, "'head.bias'.*bfloat16.*float32.*new optimizer"),
+    "norm": (
+        lambda c: layer_coefficients({"a.w": torch.full((2,), 1e200, dtype=torch.float64)}),
+        ValueError, "finite norm in layer 'a'.*rescale",
+    ),
+    "state order": (lambda c: load(c, other_order), ValueError, "expected parameter .* where it has .*order"),
+    "state of another optimizer": (
+        lambda c: load(c, another_optimizers_state), ValueError, "exp_avg.*momentum_buffer.*another optimizer",
+    ),
+    "state form": (lambda c: load(c, other_form), ValueError, "saved with mode='coupled'.*has mode='proximal'.*same"),
     "meta": (lambda c: step(nn.Parameter(torch.ones(2, device="meta"))), RuntimeError, "'w'.*meta.*materialise"),
     "overlap": (
         lambda c: step(nn.Parameter(torch.ones(1).expand(3))),

@@ -43,8 +43,9 @@ class TensorStats(NamedTuple):
     nonfinite: int  # elements of ω that were NaN or inf; their Ω is 0
 
     @classmethod
-    def of(cls, importance: Tensor) -> TensorStats:
-        """Compute what can be known from Ω alone."""
+    def of(cls, importance: Tensor, name: str = "importance") -> TensorStats:
+        """Compute what can be known from Ω alone, once its values are checked."""
+        _validate.importance_values(name, importance)
         if importance.numel() == 0:
             return cls(None, None, 0.0, 0.0, 0.0, 0, 0)
         wide = importance.detach().double()
@@ -83,7 +84,8 @@ class Importance(Mapping[str, "Tensor"]):
         stats: name → :class:`TensorStats`; computed from the tensors when left out.
 
     Raises:
-        ValueError: two names coincide once unwrapped. TypeError: an entry is not a floating-point tensor.
+        ValueError: two names coincide once unwrapped, or a value is negative or not finite. TypeError: an entry is not
+            a floating-point tensor.
 
     >>> import torch
     >>> importance = Importance({"layers.0.weight": torch.tensor([0.0, 2.0])}, method="user")
@@ -113,7 +115,7 @@ class Importance(Mapping[str, "Tensor"]):
         self.steps = steps
         self.is_normalized = normalized
         given = {unwrap(name): row for name, row in (stats or {}).items()}
-        self._stats = {name: given.get(name) or TensorStats.of(tensor) for name, tensor in self._tensors.items()}
+        self._stats = {name: given.get(name) or TensorStats.of(tensor, name) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name] if name in self._tensors else self._tensors[unwrap(name)]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+SMALLEST_XI = 1e-30  # below, ω/ξ leaves float32 and weights that did not move lose their rank
+
 
 def finalised(
     names: list[str],
@@ -28,7 +30,7 @@ def finalised(
     allow_nonfinite: bool,
 ) -> Importance:
     """Turn recorded ω into an :class:`Importance`; used by the recorder and by ``AlrAdamW``."""
-    xi = _validate.number("xi", xi, open_low=True)
+    xi = _validate.number("xi", xi, low=SMALLEST_XI)
     tensors, stats = _ops.finalise(path_integrals, params, starts, xi, relative=relative)
     rows = {
         name: TensorStats(total, negative, l2, largest, mean, int(numel), int(nonfinite))
@@ -81,8 +83,8 @@ class ImportanceRecorder:
         pairs = [(unwrap(name), param) for name, param in named_parameters]
         _validate.distinct_names(name for name, _ in pairs)
         _validate.no_duplicates(pairs)
-        self._params = {name: param for name, param in pairs if param.requires_grad}
-        _validate.recorder_members(self._params, (p for group in optimizer.param_groups for p in group["params"]))
+        _validate.recorder_members(dict(pairs), (p for group in optimizer.param_groups for p in group["params"]))
+        self._params = dict(pairs)
         self._maximize = {id(p): bool(g.get("maximize")) for g in optimizer.param_groups for p in g["params"]}
         self._starts: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
@@ -106,6 +108,9 @@ class ImportanceRecorder:
         for hook in self._hooks:
             hook.remove()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("ImportanceRecorder hangs on its optimizer's hooks and cannot be copied; make a new one.")
+
     def resync(self) -> None:
         """Measure the next step from the weights as they are now; needed after writing through ``param.data``."""
         self._versions.clear()
@@ -116,6 +121,8 @@ class ImportanceRecorder:
         self._had_grads = any(param.grad is not None for param in self._params.values())
         for name, param in self._params.items():
             if name not in self._starts:
+                if param.grad is None and not param.requires_grad:
+                    continue  # frozen; recorded from its first gradient on
                 self._starts[name] = param.detach().clone()
                 self._previous[name] = self._starts[name].clone()
                 compute = torch.promote_types(param.dtype, torch.float32)
@@ -126,7 +133,7 @@ class ImportanceRecorder:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
-        live = [name for name, param in self._params.items() if param.grad is not None]
+        live = [name for name in self._starts if self._params[name].grad is not None]
         _validate.recorder_grads(self._had_grads, bool(live))
         if found_inf is None or not bool(found_inf):
             for maximize in (False, True):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BLOCK = 1024
 THREADS = 256
 OPTIONS = {"num_warps": THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
+OLDEST_TRITON = (3, 6)  # what the kernel was tested with from
 ALIGNMENT = 16  # bytes, of every operand, for 128-bit accesses
 
 
@@ -220,6 +221,8 @@ def step_kernel(
 
 def available(device_type: str) -> tuple[bool, str]:
     """Tell whether ``step_`` can run on devices of this type, and if not, why and what to do."""
+    if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return False, f"Triton {triton.__version__} is older than 3.6, which the step needs"
     if triton is None:
         return False, f"Triton cannot be imported ({_missing}); install triton to use the fused step"
     if device_type == "cpu":
