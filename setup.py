@@ -74,6 +74,17 @@ def find_compiler() -> list[str]:
     )
 
 
+def python_headers() -> str:
+    """Return the folder that holds Python.h."""
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").is_file():
+        raise BuildError(
+            f"alr-kernels needs Python's headers; there is no Python.h in {folder}. "
+            "Install them (Debian: apt install python3-dev)."
+        )
+    return str(folder)
+
+
 def openmp_flags(cxx: list[str]) -> list[str]:
     """Return flags for OpenMP when it compiles and links, else for its simd pragmas alone."""
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +262,7 @@ class NinjaBuildExt(build_ext):
         includes = [
             f"-I{build / 'include'}",
             "-isystem", str(copied_pybind11(build)),
-            "-isystem", sysconfig.get_paths()["include"],
+            "-isystem", python_headers(),
         ]  # fmt: skip
         file.add("cxx", "module.cpp.o", [source / "module.cpp"], [*flags, *includes])
         if cuda.nvcc:
