@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -207,6 +207,12 @@ def importance_names(entries: Iterable[str], params: Iterable[str]) -> None:
             f"{listed(params, 3)}. If only some parameters are trained, pass "
             "importance.select(name for name, _ in named_parameters)."
         )
+
+
+def needs_importance(what: str) -> NoReturn:
+    raise ValueError(
+        f"{what}: it has no effect, because this optimizer has no importance; pass importance or leave it out."
+    )
 
 
 def named_for_mapping(what: str) -> None:

@@ -17,8 +17,7 @@ from .importance.recorder import finalised
 from .names import layer_of, unwrap
 from .step.plan import MODES
 
-# What pickle and deepcopy must keep besides torch's own.
-OWN_ATTRIBUTES = (
+OWN_ATTRIBUTES = (  # what pickle and deepcopy must keep besides torch's own
     *("mode", "normalize", "record", "backend"),
     *("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice"),
 )
@@ -111,7 +110,7 @@ class AlrAdamW(Optimizer):
         self._use(importance, coeffs)
         if anchor is not None:
             if self._penalty is None:
-                raise ValueError("anchor: it has no effect without importance; pass importance or leave it out.")
+                _validate.needs_importance("anchor")
             named = {slot.name: param for _, slot, param in self._members()}
             self._anchor = _state.named_anchor(anchor, {n: named[n] for n in self._penalty.importance})
 
@@ -154,7 +153,7 @@ class AlrAdamW(Optimizer):
         entries = _state.named_importance(importance, names, [param for _, _, param in members], named)
         if entries is None:
             if not isinstance(coeffs, str):
-                raise ValueError("coeffs: a mapping has no effect without importance; pass importance or leave it out.")
+                _validate.needs_importance("coeffs")
             _validate.choice("coeffs", coeffs, RULES)
             self._penalty, scales = None, {}
         else:
@@ -180,7 +179,7 @@ class AlrAdamW(Optimizer):
             ValueError: there is no importance, or the layers do not fit.
         """
         if self._penalty is None:
-            raise ValueError("set_coeffs: this optimizer has no importance to weigh.")
+            _validate.needs_importance("set_coeffs")
         scales = self._penalty.weigh(coeffs, self.normalize)
         for _, slot, _ in self._members():
             slot.unit_scale = scales.get(slot.name, 0.0)
