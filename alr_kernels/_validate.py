@@ -147,6 +147,14 @@ def steppable(name: str, param: Tensor) -> None:
         )
 
 
+def importance_form(importance: Any) -> None:
+    if isinstance(importance, str) or not isinstance(importance, (Mapping, Sequence)):
+        raise TypeError(
+            "importance: expected an Importance, a mapping name → tensor, a sequence aligned with the parameters, "
+            f"or None, got {type(importance).__name__}; a file is read with Importance.load(path)."
+        )
+
+
 def importance_tensor(name: str, importance: Any) -> None:
     if not isinstance(importance, Tensor) or importance.dtype not in FLOAT_DTYPES:
         got = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__

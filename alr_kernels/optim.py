@@ -173,7 +173,7 @@ class AlrAdamW(Optimizer):
         return self._penalty.coeffs if self._penalty else None
 
     def set_coeffs(self, coeffs: str | Mapping[str, float]) -> None:
-        """Change α from the next step on: a rule's name or a mapping layer → number. The mean curvature stays 2λ.
+        """Change α from the next step on: a rule's name or a mapping layer → number.
 
         Raises:
             ValueError: there is no importance, or the layers do not fit.

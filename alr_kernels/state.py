@@ -40,10 +40,6 @@ class Slot:
     largest: float = 0.0  # max Ω
     dtype: torch.dtype | None = None  # of the parameter when it was bound
 
-    @property
-    def layer(self) -> str:
-        return layer_of(self.name)
-
 
 @dataclass
 class Penalty:
@@ -100,18 +96,14 @@ def named_importance(
     """Turn the user's importance (artifact, mapping or aligned sequence) into unwrapped name → tensor, matched."""
     if importance is None:
         return None
+    _validate.importance_form(importance)
     if isinstance(importance, Mapping):
         if not are_named:
             _validate.named_for_mapping("importance")
         entries = importance if isinstance(importance, Importance) else Importance(importance)
-    elif isinstance(importance, Sequence):
+    else:
         _validate.sequence_length("importance", len(importance), len(params))
         entries = Importance({name: t for name, t in zip(names, importance, strict=True) if t is not None})
-    else:
-        raise TypeError(
-            "importance: expected an Importance, a mapping name → tensor, a sequence aligned with the parameters, "
-            f"or None, got {type(importance).__name__}."
-        )
     _validate.importance_names(entries, names)
     by_name = dict(zip(names, params, strict=True))
     for name, tensor in entries.items():

@@ -24,7 +24,7 @@ std::string sized(const char* op, const char* name, size_t expected, size_t got)
          std::to_string(got);
 }
 
-// One list of addresses, read straight from the Python ints: 5 ns each.
+// One list of addresses, read straight from the Python ints.
 class Pointers {
  public:
   Pointers(const char* op, const char* name, const py::list& list, size_t expected) : op_(op), name_(name) {

@@ -274,6 +274,7 @@ REFUSED = {
         ValueError, r"importance.*named parameters.*named_parameters\(\)",
     ),
     "importance length": (lambda c: new(c, [torch.ones(8, 4)]), ValueError, "importance.*sequence of 8.*got 1"),
+    "importance path": (lambda c: new(c, "i.safetensors"), TypeError, "importance: expected.*got str.*Importance.load"),
     "importance type": (lambda c: new(c, 3.0), TypeError, "importance: expected an Importance.*got float"),
     "importance zero": (
         lambda c: new(c, {n: 0 * t for n, t in c.importance.items()}),
