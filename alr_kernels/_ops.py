@@ -17,9 +17,10 @@ from .importance import reference as importance_reference
 from .step import native as step_native
 from .step import reference as step_reference
 from .step import triton_kernel as step_triton
+from .step.plan import MUTATED, Numbers, Operands, Options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -94,12 +95,13 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _in_layout(
-    columns: dict[str, Sequence[Tensor]], mutated: set[str]
+    columns: dict[str, Sequence[Tensor]], mutated: Iterable[str]
 ) -> tuple[dict[str, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Make every row of operands share one dense layout.
 
-    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout are replaced by
-    contiguous copies; the second result lists (original, copy) pairs to write back after the kernel.
+    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout, or hold codes (whose
+    blocks run along the last dimension) and are not contiguous, are replaced by contiguous copies; the second result
+    lists (original, copy) pairs to write back after the kernel.
     """
     if all(all(map(_is_contiguous, tensors)) for tensors in columns.values()):
         return columns, []
@@ -107,7 +109,9 @@ def _in_layout(
     write_back: list[tuple[Tensor, Tensor]] = []
     present = [name for name, tensors in result.items() if tensors]
     for i in range(len(result[present[0]]) if present else 0):
-        if _same_dense_layout([result[name][i] for name in present]):
+        row = [result[name][i] for name in present]
+        has_codes = any(tensor.shape != row[0].shape for tensor in row)
+        if all(map(_is_contiguous, row)) if has_codes else _same_dense_layout(row):
             continue
         for name in present:
             original = result[name][i]
@@ -120,54 +124,32 @@ def _in_layout(
 
 @torch.no_grad()
 def _step_eager(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    path_integrals: Sequence[Tensor],
-    curvature_scales: Sequence[float],
-    steps: Sequence[float],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    penalty_mode: str,
-    maximize: bool,
+    operands: Operands,
+    numbers: Numbers,
+    options: Options = Options(),  # noqa: B008 - immutable
+    statistics: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    if not params:
+    if not operands.params:
         return
-    chosen = choose_step_backend(backend, params[0].device, params[0].dtype)
-    grads = [grad.resolve_neg() for grad in grads]  # kernels read memory, where a lazy sign is not applied yet
-    columns = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "importances": importances,
-        "anchors": anchors,
-        "path_integrals": path_integrals,
-    }
+    chosen = choose_step_backend(backend, operands.params[0].device, operands.params[0].dtype)
+    # kernels read memory, where a lazy sign is not applied yet
+    columns: Any = {**operands._asdict(), "grads": [grad.resolve_neg() for grad in operands.grads]}
     write_back: list[tuple[Tensor, Tensor]] = []
     if chosen != "reference":  # the reference indexes logically and takes any strides
-        columns, write_back = _in_layout(columns, {"params", "exp_avgs", "exp_avg_sqs", "path_integrals"})
-    _STEP[chosen](
-        *columns.values(),
-        curvature_scales,
-        steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        mode=penalty_mode,
-        maximize=maximize,
-    )
+        columns, write_back = _in_layout(columns, MUTATED)
+    _STEP[chosen](Operands(**columns), numbers, options, statistics)
     for original, copy in write_back:
         original.copy_(copy)
+
+
+def _step_flat(*args: Any, backend: str = "auto") -> None:
+    """Take the registered op's flat arguments apart."""
+    lists, rest = args[: len(Operands._fields)], args[len(Operands._fields) :]
+    (steps, hyper, unit_scales, keys, statistics), options = rest[:5], rest[5:]
+    if len(options) > len(Options._fields):
+        *options, backend = options
+    _step_eager(Operands(*lists), Numbers(hyper, steps, unit_scales, keys), Options(*options), statistics, backend)
 
 
 @torch.no_grad()
@@ -221,8 +203,10 @@ def _by_backend(params: Sequence[Tensor]) -> list[tuple[list[int], str]]:
 _LIBRARY = torch.library.Library("alr_kernels", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, float[] curvature_scales, float[] steps, "
-    "float lr, float beta1, float beta2, float eps, float weight_decay, str penalty_mode, bool maximize, "
+    "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, Tensor(e!)[] remainders, "
+    "Tensor(f!)[] exp_avg_scales, Tensor(g!)[] exp_avg_sq_scales, Tensor[] importance_scales, "
+    "Tensor[] steps, Tensor hyper, Tensor unit_scales, int[] keys, Tensor(h!)? statistics, "
+    "str penalty_mode, bool maximize, bool precise, str master, int seed, "
     'str backend="auto") -> ()'
 )
 _LIBRARY.define(
@@ -233,7 +217,7 @@ _LIBRARY.define(
     "finalise(Tensor[] path_integrals, Tensor[] params, Tensor[] starts, float xi, bool relative=False) "
     "-> (Tensor[], Tensor)"
 )
-_LIBRARY.impl("step_", _step_eager, "CompositeExplicitAutograd")
+_LIBRARY.impl("step_", _step_flat, "CompositeExplicitAutograd")
 _LIBRARY.impl("accumulate_", _accumulate_eager, "CompositeExplicitAutograd")
 _LIBRARY.impl("finalise", _finalise_eager, "CompositeExplicitAutograd")
 
@@ -256,23 +240,25 @@ def _finalise_fake(
     return [torch.empty_like(path_integral) for path_integral in path_integrals], stats
 
 
-def step_(*args: Any, **kwargs: Any) -> None:
-    """Take one AdamW step with penalty and recording over a list of tensors, in place.
+def step_(
+    operands: Operands,
+    numbers: Numbers,
+    options: Options = Options(),  # noqa: B008 - immutable
+    statistics: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Take one AdamW step with penalty and recording over lists of tensors, in place.
 
-    Formula: ``alr_kernels/step/reference.py``. All lists have one entry per parameter; ``importances`` and
-    ``anchors`` are empty for no penalty, ``path_integrals`` is empty for no recording.
+    Formula: ``alr_kernels/step/reference.py``. What the lists and numbers hold, with dtypes and units:
+    ``alr_kernels/step/plan.py``. ``torch.ops.alr_kernels.step_`` is the same with flat arguments.
 
     Args:
-        params: [n tensors] float32, bfloat16, float16 or float64: θ, mutated.
-        grads: same shapes, any of these dtypes: gradient of the task loss, unscaled.
-        exp_avgs, exp_avg_sqs: same shapes, float32 (float64 for float64 params): Adam's moments, mutated.
-        importances: same shapes, float32, ≥ 0: Ω.
-        anchors: same shapes and dtype as params: θ*.
-        path_integrals: same shapes, float32: ω, mutated.
-        curvature_scales: n numbers ≥ 0: 2·λ·α/normaliser of each tensor; k = scale · Ω.
-        steps: n numbers ≥ 1: the step count of each tensor, this step included.
-        lr, beta1, beta2, eps, weight_decay: as torch.optim.AdamW. penalty_mode: ``"coupled"`` or ``"proximal"``.
-        maximize: ascend instead of descend. backend: ``"auto"`` or one by name.
+        operands: θ, g, moments, and as needed Ω, θ*, ω, remainders, scales; one list entry per parameter, all on
+            one device, all parameters of one dtype.
+        numbers: hyper-parameters, step counts and curvature scales, as tensors on that device.
+        options: mode, direction, rounding, how bf16 parameters are kept.
+        statistics: [n, 6] float64 on that device, overwritten with ``plan.STATISTICS`` of each tensor, or None.
+        backend: ``"auto"`` or one by name.
 
     Raises:
         BackendUnavailableError: an explicit backend cannot serve these tensors.
@@ -280,9 +266,10 @@ def step_(*args: Any, **kwargs: Any) -> None:
     Source: arXiv 2501.13669, eq. 7 (coupled); the proximal step is derived in docs/method.md.
     """
     if torch.compiler.is_compiling():
-        torch.ops.alr_kernels.step_(*args, **kwargs)
+        flat = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, statistics, *options)
+        torch.ops.alr_kernels.step_(*operands, *flat, backend=backend)
     else:
-        _step_eager(*args, **kwargs)
+        _step_eager(operands, numbers, options, statistics, backend)
 
 
 def accumulate_(*args: Any, **kwargs: Any) -> None:

@@ -32,17 +32,26 @@ def gradient(param: Tensor, anchor: Tensor, k: Tensor) -> Tensor:
     return k * (param - anchor)
 
 
-def proximal(adam_point: Tensor, anchor: Tensor, k: Tensor, lr: float, denom: Tensor) -> Tensor:
+def proximal(decayed: Tensor, move: Tensor, anchor: Tensor, k: Tensor, lr: float, denom: Tensor) -> Tensor:
     """Return argmin_θ ½‖θ − h‖²_D / lr + ½ k (θ − θ*)², the implicit penalty step in Adam's metric.
 
-    With t = lr·k the solution blends h = ``adam_point`` and θ* = ``anchor``; it is evaluated from the
-    nearer end, because the first form alone loses the resting offset once t/D passes 1/ulp:
+    h = ``decayed`` − ``move``/D is where AdamW would go and D = ``denom``. With t = lr·k the solution takes a single
+    division, from whichever end is nearer: from afar the resting offset is lost once t/D passes 1/ulp.
 
-        t ≤ D:  h + t/(D + t) · (θ* − h)          t > D:  θ* + D/(D + t) · (h − θ*)
+        t ≤ D:  θ_d − (move + t·(θ_d − θ*)) / (D + t)          t > D:  θ* + (D·(θ_d − θ*) − move) / (D + t)
     """
     t = k * lr
+    gap = decayed - anchor
     near_adam = t <= denom
-    weight = torch.where(near_adam, t, denom) / (denom + t)
-    near = torch.where(near_adam, adam_point, anchor)
-    far = torch.where(near_adam, anchor, adam_point)
-    return torch.where(k == 0, adam_point, near + weight * (far - near))
+    numerator = torch.where(near_adam, -(move + t * gap), denom * gap - move)
+    numerator = torch.where(k == 0, -move, numerator)  # no bit of AdamW's step changes
+    return torch.where(near_adam, decayed, anchor) + numerator / (denom + t)
+
+
+def statistics(param: Tensor, g: Tensor, anchor: Tensor, k: Tensor, lr: float, denom: Tensor) -> Tensor:
+    """Return [penalty, Σg², Σ(k(θ − θ*))², Σ g·k(θ − θ*), max lr·k/D, Σ(θ − θ*)²] of one tensor, float64."""
+    g, drift, curve = g.double(), param.double() - anchor.double(), k.double()
+    pull = curve * drift
+    stiffness = (curve * lr / denom.double()).amax() if k.numel() else torch.zeros((), dtype=torch.float64)
+    sums = [0.5 * (pull * drift).sum(), g.square().sum(), pull.square().sum(), (g * pull).sum()]
+    return torch.stack([*sums, stiffness.to(g.device), drift.square().sum()])

@@ -1,4 +1,4 @@
-"""One AdamW step with penalty and recording, in plain torch. Read this first.
+"""One AdamW step with penalty, recording and encoded operands, in plain torch. Read this first.
 
 Every other backend repeats these lines in this order, with the same roundings: IEEE float32
 operations, no contraction into fused multiply-adds, so that all backends agree bit for bit.
@@ -6,64 +6,54 @@ operations, no contraction into fused multiply-adds, so that all backends agree 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
+from torch import Tensor
 
 from .. import penalty
-from .plan import step_scalars
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
+from ..codecs.rounding import noise, noise_key
+from .formats import load_importance, load_moments, load_param, needs_noise, store_moments, store_param
+from .plan import Numbers, Operands, Options, step_scalars
 
 
 @torch.no_grad()
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    path_integrals: Sequence[Tensor],
-    curvature_scales: Sequence[float],
-    steps: Sequence[float],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    mode: str,
-    maximize: bool,
-) -> None:
-    """Update ``params``, moments and ``path_integrals`` in place; see ``_ops.step_`` for the arguments."""
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        s = step_scalars(steps[i], lr, beta1, beta2, eps, weight_decay)
+def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | None = None) -> None:
+    """Update what ``o`` says is mutated; ``statistics``: [n, len(STATISTICS)] float64, overwritten."""
+    *hyper, reg_lambda, inverse_scale, clip, found_inf = numbers.hyper.tolist()
+    for i, (param, grad) in enumerate(zip(o.params, o.grads, strict=True)):
+        if found_inf:
+            break
+        count = float(numbers.steps[i])
+        s = step_scalars(count, *hyper)
         compute = torch.promote_types(param.dtype, torch.float32)
-        before, g = param.to(compute), grad.to(compute)
-        if maximize:
-            g = -g
+        before = load_param(o, i, compute)
+        exp_avg, exp_avg_sq = load_moments(o, i, compute)
+        g = grad.to(compute) * (-inverse_scale if options.maximize else inverse_scale)  # the task gradient: ω's
 
-        adam_grad = g
-        if importances:
-            anchor = anchors[i].to(compute)
-            k = penalty.curvature(importances[i].to(compute), curvature_scales[i])
-            if mode == "coupled":
-                adam_grad = torch.where(k == 0, g, g + penalty.gradient(before, anchor, k))
+        adam_grad = g * clip
+        if o.importances:
+            anchor = o.anchors[i].to(compute)
+            k = penalty.curvature(load_importance(o, i, compute), reg_lambda * float(numbers.unit_scales[i]))
+            if options.mode == "coupled":
+                adam_grad = torch.where(k == 0, adam_grad, adam_grad + penalty.gradient(before, anchor, k))
 
-        exp_avg.copy_(exp_avg + (adam_grad - exp_avg) * s.one_minus_beta1)
-        exp_avg_sq.copy_(exp_avg_sq * s.beta2 + adam_grad * adam_grad * s.one_minus_beta2)
+        exp_avg = exp_avg + (adam_grad - exp_avg) * s.one_minus_beta1
+        exp_avg_sq = exp_avg_sq * s.beta2 + adam_grad * adam_grad * s.one_minus_beta2
         # By way of float64: torch's float32 sqrt on the CPU is off by one ulp in a sixth of the cases (MKL).
-        denom = exp_avg_sq.double().sqrt().to(compute) * s.rsqrt_bias2 + s.eps
-        after = before * s.decay - exp_avg * s.step_size / denom
+        root = exp_avg_sq.double().sqrt().to(compute)
+        denom = root * s.rsqrt_bias2 + s.eps
+        decayed, move = before * s.decay, exp_avg * s.step_size
+        if o.importances and options.mode == "proximal":
+            after = penalty.proximal(decayed, move, anchor, k, s.lr, denom)
+        else:
+            after = decayed - move / denom
 
-        if importances and mode == "proximal":
-            after = penalty.proximal(after, anchor, k, s.lr, denom)
-
-        stored = after.to(param.dtype)
-        if path_integrals:
-            path_integrals[i].sub_(g * (stored.to(compute) - before))
-        param.copy_(stored)
+        random = None
+        if needs_noise(o, options):
+            random = noise(noise_key(options.seed, numbers.keys[i], int(count)), param.shape, param.device)
+        stored = store_param(o, i, after, random, options.master)
+        store_moments(o, i, exp_avg, exp_avg_sq, root, random)
+        if o.path_integrals:
+            o.path_integrals[i].sub_(g * (stored - before))
+        if statistics is not None:
+            pull = (anchor, k) if o.importances else (before, torch.zeros_like(before))
+            statistics[i] = penalty.statistics(before, g, *pull, s.lr, denom)

@@ -1,0 +1,1 @@
+"""How importance, moments and bf16 weights are encoded; the step decodes them in registers."""

@@ -1,0 +1,92 @@
+"""Block codes of importance and moments, in plain torch. Read this first.
+
+    importance   c = round((Ω/s)^(1/4) · 255 or 15)   Ω ≈ s·(c/255)⁴     s: block's max, bf16; 8 or 4 bits
+    exp_avg      c = ± round((|m|/s)^(1/2) · 127)     m ≈ s·c|c|/127²    s: block's max, fp32; int8
+    exp_avg_sq   c = round((√v/√s)^(1/2) · 255)       v ≈ s·(c/255)⁴     s: block's max, fp32; uint8, ≥ 1 where v > 0
+
+Blocks are BLOCK consecutive elements. Every backend repeats these lines, so that codes agree bit for bit; hence the
+square root of the codes is made of integer and float32 operations that are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+BF16_MAX = 3.3895313892515355e38
+TINY = 1.17549435e-38  # the smallest normal float32: blocks below it are zero
+
+
+def approximate_sqrt(x: Tensor) -> Tensor:
+    """Return √x of float32 x ≥ 0 to 5e-6: a first guess by its exponent, two Newton steps of 1/√x."""
+    half = x * 0.5
+    y = (0x5F375A86 - (x.view(torch.int32) >> 1)).view(torch.float32)
+    for _ in range(2):
+        y = y * (1.5 - half * y * y)
+    return x * y
+
+
+def _blocks(x: Tensor) -> Tensor:
+    return x.reshape(-1, BLOCK)
+
+
+def _inverse(peak: Tensor) -> Tensor:
+    return torch.where(peak < TINY, 0.0, 1.0 / peak)
+
+
+def _codes(root: Tensor, top: int) -> Tensor:
+    """Return round(root · top), at most ``top``; NaN gives 0."""
+    return torch.nan_to_num(root * top + 0.5, nan=0.0).clamp(max=float(top)).to(torch.int32)
+
+
+def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return (codes uint8, two to a byte for 4 bits, low half first; scales bf16 [..., n/128])."""
+    blocks, top = _blocks(importance.float()), 2**bits - 1
+    scales = blocks.amax(1, keepdim=True).clamp(max=BF16_MAX).to(torch.bfloat16)
+    codes = _codes(approximate_sqrt(approximate_sqrt(blocks * _inverse(scales.float()))), top).to(torch.uint8)
+    if bits == 4:
+        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
+    shape = importance.shape[:-1]
+    return codes.reshape(*shape, -1), scales.reshape(*shape, -1)
+
+
+def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Return Ω as float32, shaped as it was encoded."""
+    if bits == 4:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+    return _fourth_power(codes, scales, 2**bits - 1)
+
+
+def _fourth_power(codes: Tensor, scales: Tensor, top: int) -> Tensor:
+    square = _blocks(codes).float().square()
+    return (square * square * (scales.reshape(-1, 1).float() * (1.0 / top**4))).view(codes.shape)
+
+
+def encode_exp_avg(exp_avg: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes int8, scales float32 [..., n/128])."""
+    blocks = _blocks(exp_avg)
+    peak = torch.nan_to_num(blocks.abs(), nan=0.0, posinf=torch.inf).amax(1, keepdim=True)
+    codes = _codes(approximate_sqrt(blocks.abs() * _inverse(peak)), 127)
+    signed = torch.where(blocks < 0, -codes, codes).to(torch.int8)
+    return signed.view(exp_avg.shape), peak.reshape(*exp_avg.shape[:-1], -1)
+
+
+def decode_exp_avg(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return m as float32."""
+    c = _blocks(codes).float()
+    return (c * c.abs() * (scales.reshape(-1, 1) * (1.0 / 127**2))).view(codes.shape)
+
+
+def encode_exp_avg_sq(root: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes uint8, scales float32 [..., n/128]) of v, given √v."""
+    roots, peak = _blocks(root), torch.nan_to_num(_blocks(exp_avg_sq), nan=0.0, posinf=torch.inf).amax(1, keepdim=True)
+    top = torch.nan_to_num(roots, nan=0.0, posinf=torch.inf).amax(1, keepdim=True)
+    codes = _codes(approximate_sqrt(roots * _inverse(top)), 255).clamp(min=1)
+    codes = torch.where(roots > 0, codes, 0).to(torch.uint8)  # v > 0 never becomes 0, where m/√v would leap
+    return codes.view(root.shape), peak.reshape(*root.shape[:-1], -1)
+
+
+def decode_exp_avg_sq(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return v as float32."""
+    return _fourth_power(codes, scales, 255)
