@@ -15,13 +15,14 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from ._ops import BackendUnavailableError
-    from .coefficients import LayerCoefficients, layer_coefficients
+    from .coefficients import DynamicCoeffs, LayerCoefficients, layer_coefficients
     from .importance import Importance, ImportanceFileError, ImportanceRecorder
     from .optim import AlrAdamW
 
 _HOME = {
     "AlrAdamW": "optim",
     "BackendUnavailableError": "_ops",
+    "DynamicCoeffs": "coefficients",
     "Importance": "importance",
     "ImportanceFileError": "importance",
     "ImportanceRecorder": "importance",
@@ -32,6 +33,7 @@ _HOME = {
 __all__ = [
     "AlrAdamW",
     "BackendUnavailableError",
+    "DynamicCoeffs",
     "Importance",
     "ImportanceFileError",
     "ImportanceRecorder",

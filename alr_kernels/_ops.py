@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _validate
+from .codecs import reference as codecs_reference
 from .importance import native as importance_native
 from .importance import reference as importance_reference
 from .step import native as step_native
@@ -146,10 +147,16 @@ def _step_eager(
 def _step_flat(*args: Any, backend: str = "auto") -> None:
     """Take the registered op's flat arguments apart."""
     lists, rest = args[: len(Operands._fields)], args[len(Operands._fields) :]
-    (steps, hyper, unit_scales, keys, statistics), options = rest[:5], rest[5:]
+    (steps, hyper, unit_scales, keys, statistics), options = rest[:5], list(rest[5:])
     if len(options) > len(Options._fields):
-        *options, backend = options
+        backend = options.pop()
     _step_eager(Operands(*lists), Numbers(hyper, steps, unit_scales, keys), Options(*options), statistics, backend)
+
+
+@torch.no_grad()
+def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return (codes, scales) of Ω, contiguous float32; see ``codecs/reference.py``."""
+    return codecs_reference.encode_importance(importance, bits)
 
 
 @torch.no_grad()

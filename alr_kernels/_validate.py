@@ -20,7 +20,6 @@ UNSUPPORTED_FLAGS = {
     "amsgrad": "AMSGrad is not implemented; leave it out",
     "foreach": "one fused pass serves all tensors; choose with backend= instead",
     "fused": "the step is always fused; choose with backend= instead",
-    "capturable": "CUDA graph capture is not supported yet; leave it out",
     "differentiable": "the step is not differentiable; leave it out",
 }
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -48,6 +47,45 @@ def number(option: str, value: Any, *, low: float = 0.0, high: float = math.inf,
     if not (low <= result < high) or (open_low and result == low):
         raise ValueError(f"{option}: expected a number in {'(' if open_low else '['}{low}, {high}), got {value!r}")
     return result
+
+
+def storage_format(option: str, value: object, name: object, allowed: Sequence[str]) -> None:
+    if name not in allowed:
+        known = ", ".join(map(repr, allowed))
+        raise ValueError(f"{option}: expected one of {known} or such a torch dtype, got {value!r}")
+
+
+def master(params: Iterable[Tensor]) -> None:
+    dtypes = {param.dtype for param in params}
+    if torch.bfloat16 not in dtypes:
+        raise ValueError(
+            f"master: it has no effect, because no parameter is bfloat16 (got {listed(map(str, dtypes))}); "
+            "convert the model with .bfloat16() or leave it out."
+        )
+
+
+def seed(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**32:
+        raise ValueError(f"seed: expected an integer in [0, 2^32), got {value!r}")
+    return value
+
+
+def capturable(name: str, param: Tensor) -> None:
+    if param.device.type == "cpu":
+        raise ValueError(
+            f"capturable: parameter {name!r} is on the CPU, where no graph is captured; move the model or leave it out."
+        )
+
+
+def dynamic_and_capturable() -> NoReturn:
+    raise ValueError(
+        "coeffs: DynamicCoeffs decides on the host when to re-balance, which a captured graph cannot repeat; "
+        "use capturable=False or fixed coefficients."
+    )
+
+
+def stats_off() -> NoReturn:
+    raise RuntimeError("stats: nothing was gathered; construct the optimizer with stats=True and take a step.")
 
 
 def temperature(value: Any) -> float:
@@ -302,7 +340,11 @@ def recording(recorded: bool, has_state: bool) -> None:
 
 
 def state_dict(
-    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], fingerprint: str | None, penalty_form: str
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    fingerprint: str | None,
+    penalty_form: str,
+    master: str = "none",
 ) -> None:
     """Check a state_dict before anything of the optimizer is changed."""
     if "state" not in saved or "param_groups" not in saved:
@@ -330,8 +372,15 @@ def state_dict(
                     f"state_dict: expected AdamW's exp_avg and exp_avg_sq for parameter {key}, got "
                     f"{listed(map(str, kept))}; it was saved by another optimizer."
                 )
+            if "remainder" in kept and master != "split":
+                raise ValueError(
+                    f"state_dict: parameter {key} was saved with master='split' (its remainder is half of the weight), "
+                    f"this optimizer has {master!r}; construct it with master='split'."
+                )
             for field, value in saved["state"].get(key, {}).items():
-                if field != "step" and isinstance(value, Tensor) and value.shape != param.shape:
+                scales = field.endswith("_scale")
+                shaped = value.shape[:-1] != param.shape[:-1] if scales else getattr(value, "shape", 0) != param.shape
+                if field != "step" and isinstance(value, Tensor) and shaped:
                     raise ValueError(
                         f"state_dict: {field} of parameter {key} has shape {tuple(value.shape)}, "
                         f"expected {tuple(param.shape)}; it belongs to another model or order of parameters."

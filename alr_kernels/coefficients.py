@@ -4,14 +4,18 @@
     proportional  α_l = ‖Ω_l‖₂ / Σ_m ‖Ω_m‖₂
     uniform       α_l = 1 / L
 
-Every rule sums to 1, so that comparisons between rules compare equal total weight.
+Every rule sums to 1, so that comparisons between rules compare equal total weight. ``DynamicCoeffs`` re-balances them
+while tuning.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from . import _validate
 from .names import LayerBy, layer_of
@@ -141,3 +145,51 @@ def resolve(coeffs: str | Mapping[str, float], importance: Mapping[str, Tensor])
     if isinstance(coeffs, LayerCoefficients):
         return coeffs
     return LayerCoefficients({layer: float(value) for layer, value in coeffs.items()}, by=by)
+
+
+@dataclass(frozen=True)
+class DynamicCoeffs:
+    """Coefficients that follow the two objectives: every ``every`` steps each layer's α moves towards equal balance.
+
+    With the layer's sums since the last re-balancing, p = Σ‖k(θ − θ*)‖² of the pull and q = Σ‖g‖² of the task:
+
+        r_l = √(p_l/q_l),   r̄ = geometric mean of the r_l,   α_l ← α_l · clip((r̄/r_l)^rate, 1/√c, √c),   α ← α/Σα
+
+    so a layer whose pull is weak against its task gradient is held more firmly, and no α changes by more than a factor
+    c = ``max_change`` at a time. Layers whose pull or gradient is zero keep their share. λ is untouched.
+
+    Args:
+        rule: the coefficients to begin with, as ``coeffs``: a rule's name or a mapping layer → number.
+        every: steps between two changes, ≥ 1.
+        rate: 0 < rate ≤ 1; 1 would balance the layers at once if the pull answered at once.
+        max_change: c > 1.
+
+    Raises:
+        ValueError, TypeError: a number outside its range.
+
+    Everything is computed where the parameters are, without waiting for the device.
+
+    >>> DynamicCoeffs("uniform", every=10).max_change
+    2.0
+    """
+
+    rule: str | Mapping[str, float] = "softmax"
+    every: int = 100
+    rate: float = 0.5
+    max_change: float = 2.0
+
+    def __post_init__(self) -> None:
+        _validate.number("every", self.every, low=1)
+        _validate.number("rate", self.rate, high=1.0 + 1e-12, open_low=True)
+        _validate.number("max_change", self.max_change, low=1.0, open_low=True)
+
+
+def rebalanced(alpha: Tensor, pull_sq: Tensor, grad_sq: Tensor, rate: float, max_change: float) -> Tensor:
+    """Return the next α [L] float64 of :class:`DynamicCoeffs`, sum 1, from Σ‖k(θ − θ*)‖² and Σ‖g‖² by layer."""
+    live = (pull_sq > 0) & (grad_sq > 0) & torch.isfinite(pull_sq) & torch.isfinite(grad_sq)
+    logs = torch.where(live, 0.5 * (torch.log(pull_sq) - torch.log(grad_sq)), 0.0)
+    mean = logs.sum() / live.sum().clamp(min=1)
+    bound = 0.5 * math.log(max_change)
+    factor = torch.where(live, torch.exp((rate * (mean - logs)).clamp(-bound, bound)), 1.0)
+    moved = alpha * factor
+    return moved / moved.sum()

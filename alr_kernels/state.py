@@ -1,8 +1,9 @@
 """What the optimizer keeps for each parameter, and how it is saved and loaded.
 
 ``state[p]`` holds ``step``, ``exp_avg``, ``exp_avg_sq`` (names of torch.optim.AdamW), ``anchor`` where there is
-importance, and ``start`` and ``path_integral`` while recording. Moments and ω are float32 whatever the parameter's
-dtype (float64 for float64); anchor and start have the parameter's dtype and share one buffer while equal.
+importance, and ``start`` and ``path_integral`` while recording. Moments are kept as ``state_dtype`` says (int8 with
+``exp_avg_scale`` and ``exp_avg_sq_scale``), ω in float32 whatever the parameter's dtype (float64 for float64); a split
+bf16 parameter has its ``remainder``. Anchor and start share one buffer while equal.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _validate
-from .coefficients import LayerCoefficients, resolve
-from .importance.artifact import Importance, content_fingerprint
+from . import _ops, _validate
+from .codecs import reference as codecs
+from .codecs import rounding
+from .codecs.storage import CODES, DTYPES, Storage
+from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
+from .importance.artifact import Importance, TensorStats, content_fingerprint
 from .names import layer_of, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENT_KEYS = (*MOMENTS, "exp_avg_scale", "exp_avg_sq_scale")
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")  # of a param group
 # Flags of torch's own AdamW groups that have no meaning here; dropped when its state_dict is loaded.
 TORCH_ONLY = frozenset({"amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
 
 # Keys that state_dict() adds to each saved group: what a resumed run needs besides tensors.
-SAVED_KEYS = frozenset({"importance_fingerprint", "penalty_form", "coeffs", "coeffs_rule", "recorded_steps"})
+SAVED_KEYS = frozenset({"importance_fingerprint", "penalty_form", "coeffs", "coeffs_rule", "recorded_steps", "balance"})
 
 
 @dataclass
@@ -35,57 +40,69 @@ class Slot:
     """What belongs to one (group, index) before and beside the tensors in ``state``."""
 
     name: str
-    importance: Tensor | None = None
+    index: int = 0  # position in the optimizer: the random generator's key
+    importance: Tensor | None = None  # in ``form``, once bound
+    importance_scales: Tensor | None = None  # of codes
     unit_scale: float = 0.0  # curvature_scale at reg_lambda = 1: 2·α / normaliser
     largest: float = 0.0  # max Ω
     dtype: torch.dtype | None = None  # of the parameter when it was bound
+    form: tuple[Any, ...] = ()  # what decides which call of the step serves it
+
+
+class Summary(dict[str, TensorStats]):
+    """Statistics by name: all that coefficients need of an importance, so that its tensors can be let go."""
+
+    @property
+    def stats(self) -> Mapping[str, TensorStats]:
+        """What :func:`layer_norms` looks for."""
+        return self
 
 
 @dataclass
 class Penalty:
     """The importance in use: its tensors' sums and identity, and the coefficients that weigh it."""
 
-    importance: Mapping[str, Tensor]
+    summary: Summary
     fingerprint: str
-    sums: dict[str, float]  # name → Σ Ω, float64
+    sums: dict[str, float]  # name → Σ Ω, float64, before encoding
     largest: dict[str, float]  # name → max Ω
-    numels: dict[str, int]
     coeffs: LayerCoefficients = field(default_factory=lambda: LayerCoefficients({}))
 
     @classmethod
     def of(cls, importance: Mapping[str, Tensor]) -> Penalty:
-        """Check values and take sums: two passes over each tensor."""
+        """Check values and take sums: a few passes over each tensor."""
         largest = {name: _validate.importance_values(name, tensor) for name, tensor in importance.items()}
+        stats = importance.stats if isinstance(importance, Importance) else {}
+        summary = Summary({name: stats.get(name) or TensorStats.of(t, name) for name, t in importance.items()})
         sums = {name: float(tensor.detach().sum(dtype=torch.float64)) for name, tensor in importance.items()}
         _validate.some_importance(sums)
-        return cls(
-            importance,
-            content_fingerprint(importance),
-            sums,
-            largest,
-            {name: tensor.numel() for name, tensor in importance.items()},
-        )
+        return cls(summary, content_fingerprint(importance), sums, largest)
 
-    def weigh(self, coeffs: str | Mapping[str, float], normalize: bool) -> dict[str, float]:
+    def weigh(self, coeffs: str | Mapping[str, float] | DynamicCoeffs, normalize: bool) -> dict[str, float]:
         """Take new coefficients and return name → 2·α/normaliser; when it raises, the old ones stay.
 
         The normaliser is mean(α·Ω) over all entries, or 1 without ``normalize``.
         """
-        resolved = resolve(coeffs, self.importance)
-        alpha = {name: resolved[layer_of(name, resolved.by)] for name in self.importance}
+        resolved = resolve(coeffs.rule if isinstance(coeffs, DynamicCoeffs) else coeffs, self.summary)
+        alpha = {name: resolved[layer_of(name, resolved.by)] for name in self.summary}
         normalizer = 1.0
         if normalize:
             weighted = sum(alpha[name] * total for name, total in self.sums.items())
             _validate.some_importance({"coeffs · importance": weighted})
-            normalizer = weighted / sum(self.numels.values())
+            normalizer = weighted / self.numel
         self.coeffs = resolved
         return {name: 2.0 * value / normalizer for name, value in alpha.items()}
 
+    @property
+    def numel(self) -> int:
+        """Elements of all entries."""
+        return sum(row.numel for row in self.summary.values())
+
     def describe(self, parameters: int) -> str:
         """Say how many of the optimizer's parameters are penalised, and how many layers share the weight."""
-        plain = parameters - len(self.importance)
+        plain = parameters - len(self.summary)
         return (
-            f"importance: {len(self.importance)} of {parameters} parameters, {plain} without importance take the plain "
+            f"importance: {len(self.summary)} of {parameters} parameters, {plain} without importance take the plain "
             f"step; {len(self.coeffs)} layers, {self.coeffs.effective_layers:.1f} effective ({self.coeffs.rule})"
         )
 
@@ -128,20 +145,62 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def bind(slot: Slot, param: Tensor, state: dict[str, Any], anchor: Tensor | None, record: bool) -> None:
+def bind(
+    slot: Slot, param: Tensor, state: dict[str, Any], storage: Storage, anchor: Tensor | None, record: bool
+) -> None:
     """Tie what was given at construction to the parameter as it is now; called from the first step on.
 
     Launchers may move, shard or replace parameters between construction and the first step, so nothing is cloned
     before. Adds only what is missing, so that a loaded state is left alone.
     """
+    if storage.is_split(param) and "remainder" not in state:
+        state["remainder"] = dense_like(param, torch.int16).zero_()
+    weights = whole(param, state)
+    exact = "remainder" not in state or not bool(state["remainder"].any())
     if slot.importance is not None:
-        slot.importance = _in_layout_of(param, slot.importance, compute_dtype(param))
+        encode(slot, param, storage)
         if "anchor" not in state:
-            state["anchor"] = _in_layout_of(param, param if anchor is None else anchor, param.dtype, copy=True)
+            dtype = storage.anchor_dtype(param, exact)
+            state["anchor"] = _in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
     if record and "path_integral" not in state:
-        shared = slot.importance is not None and anchor is None and torch.equal(state["anchor"], param)
-        state["start"] = state["anchor"] if shared else _in_layout_of(param, param, param.dtype, copy=True)
+        shared = slot.importance is not None and anchor is None and torch.equal(state["anchor"].to(weights), weights)
+        start = param.dtype if exact else torch.float32
+        state["start"] = state["anchor"] if shared else _in_layout_of(param, weights, start, copy=True)
         state["path_integral"] = dense_like(param, compute_dtype(param)).zero_()
+    slot.form = (
+        storage.state_format(param),
+        storage.importance_format(param),
+        state["anchor"].dtype if "anchor" in state else None,
+        "remainder" in state,
+    )
+
+
+def encode(slot: Slot, param: Tensor, storage: Storage) -> None:
+    """Bring the slot's importance into the form and place in which steps read it, once."""
+    assert slot.importance is not None
+    name = storage.importance_format(param)
+    if slot.importance_scales is not None:  # codes already
+        slot.importance = slot.importance.to(param.device)
+        slot.importance_scales = slot.importance_scales.to(param.device)
+    elif name in CODES:
+        values = slot.importance.detach().to(param.device, torch.float32).contiguous()
+        slot.importance, slot.importance_scales = _ops.encode_importance(values, CODES[name])
+    else:
+        slot.importance = _in_layout_of(param, slot.importance, DTYPES[name])
+
+
+def decoded_importance(slot: Slot, param: Tensor) -> Tensor:
+    """Return Ω on the parameter's device, as the steps see it."""
+    assert slot.importance is not None
+    if slot.importance_scales is None:
+        return slot.importance.to(param.device)
+    bits = 8 if slot.importance.shape == param.shape else 4
+    return codecs.decode_importance(slot.importance, slot.importance_scales, bits)
+
+
+def whole(param: Tensor, state: Mapping[str, Any]) -> Tensor:
+    """Return θ as it is known: the float32 master of a split parameter (a new tensor), else the parameter."""
+    return rounding.join(param.detach(), state["remainder"]) if "remainder" in state else param.detach()
 
 
 def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
@@ -150,34 +209,63 @@ def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool 
     return values if fits and not copy else dense_like(param, dtype).copy_(values)
 
 
-def start_moments(param: Tensor, state: dict[str, Any]) -> None:
+def start_moments(param: Tensor, state: dict[str, Any], storage: Storage) -> None:
     """Create Adam's state at a parameter's first gradient."""
-    state["step"] = torch.tensor(0.0, dtype=torch.float32)
-    for moment in MOMENTS:
-        state[moment] = dense_like(param, compute_dtype(param)).zero_()
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    zeros = dense_like(param, compute_dtype(param)).zero_()
+    state |= in_format(storage.state_format(param), zeros, zeros.clone())
 
 
-def loaded(param: Tensor, saved: Mapping[str, Any], has_importance: bool, record: bool) -> dict[str, Any]:
-    """Return a parameter's state from a saved one: own copies, our dtypes, on the parameter's device.
+def in_format(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    """Return the moments, given wide, as they are kept."""
+    if name not in CODES:
+        return {"exp_avg": exp_avg.to(DTYPES[name]), "exp_avg_sq": exp_avg_sq.to(DTYPES[name])}
+    m, v = exp_avg.float().contiguous(), exp_avg_sq.float().contiguous()
+    values = (*codecs.encode_exp_avg(m), *codecs.encode_exp_avg_sq(v.double().sqrt().float(), v))
+    return dict(zip(("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"), values, strict=True))
 
-    Anchor, start and ω are taken only where this optimizer uses them.
+
+def wide_moments(saved: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return m and v of a saved state, decoded."""
+    m, v = (saved[key].to(device) for key in MOMENTS)
+    if m.dtype is not torch.int8:
+        return m, v
+    scales = (saved[f"{key}_scale"].to(device) for key in MOMENTS)
+    return codecs.decode_exp_avg(m, next(scales)), codecs.decode_exp_avg_sq(v, next(scales))
+
+
+def loaded(
+    param: Tensor, saved: Mapping[str, Any], storage: Storage, has_importance: bool, record: bool
+) -> dict[str, Any]:
+    """Return a parameter's state from a saved one: own copies in our forms, on the parameter's device.
+
+    Moments are decoded and encoded where the forms differ. Anchor, start and ω are taken only where this optimizer
+    uses them.
     """
-    wanted = {"step": torch.float32, **dict.fromkeys(MOMENTS, compute_dtype(param))}
-    if has_importance:
-        wanted["anchor"] = param.dtype
-    if record:
-        wanted |= {"start": param.dtype, "path_integral": compute_dtype(param)}
     state: dict[str, Any] = {}
-    for key, dtype in wanted.items():
-        value = saved.get(key)
-        if value is None:
-            continue
-        if key == "step":
-            state[key] = torch.tensor(float(value), dtype=torch.float32)
+    if "step" in saved:
+        state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32).to(param.device)
+    if "exp_avg" in saved:
+        name = storage.state_format(param)
+        if saved["exp_avg"].dtype is (torch.int8 if name in CODES else DTYPES[name]):
+            kept = {key: saved[key].to(param.device) for key in MOMENT_KEYS if key in saved}
         else:
-            state[key] = _in_layout_of(param, value.to(param.device), dtype, copy=True)
-    if "start" in state and "anchor" in state and torch.equal(state["start"], state["anchor"]):
-        state["start"] = state["anchor"]
+            kept = in_format(name, *wide_moments(saved, param.device))
+        for key, value in kept.items():
+            same = value.shape == param.shape and name not in CODES
+            state[key] = _in_layout_of(param, value, value.dtype, copy=True) if same else value.clone()
+    if storage.is_split(param) and "remainder" in saved:
+        state["remainder"] = _in_layout_of(param, saved["remainder"].to(param.device), torch.int16, copy=True)
+    kinds = {"anchor": storage.anchor_dtype(param)} if has_importance else {}
+    kinds |= {"start": param.dtype, "path_integral": compute_dtype(param)} if record else {}
+    for key, dtype in kinds.items():
+        if (value := saved.get(key)) is not None:
+            inexact = storage.is_split(param) and value.dtype is torch.float32  # a split weight's own value
+            kept = value.dtype if inexact and not (key == "anchor" and storage.anchor) else dtype
+            state[key] = _in_layout_of(param, value.to(param.device), kept, copy=True)
+    start, anchor = state.get("start"), state.get("anchor")
+    if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
+        state["start"] = anchor
     return state
 
 
@@ -192,7 +280,9 @@ def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
     return merged
 
 
-def extras(penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int) -> dict[str, Any]:
+def extras(
+    penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int, balance: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return what each saved group carries besides torch's keys: :data:`SAVED_KEYS`."""
     return {
         "importance_fingerprint": penalty.fingerprint if penalty else None,
@@ -200,6 +290,7 @@ def extras(penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recor
         "coeffs": dict(penalty.coeffs) if penalty else None,
         "coeffs_rule": coeffs_choice if isinstance(coeffs_choice, str) else None,
         "recorded_steps": recorded_steps,
+        "balance": balance,
     }
 
 

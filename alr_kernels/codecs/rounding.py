@@ -8,6 +8,8 @@ Plain torch; every backend repeats these lines bit for bit.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def _as_int16(x: Tensor) -> Tensor:
     return torch.where(x > 0x7FFF, x - 0x10000, x).to(torch.int16)
 
 
-def mix(x: Tensor | int) -> Tensor | int:
+def mix(x: Any) -> Any:
     """Return a hash of 32 bits (xor-shift and multiply, twice); int64 tensors or ints in [0, 2^32)."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK

@@ -17,8 +17,8 @@ def needs_noise(o: Operands, options: Options) -> bool:
 
 
 def load_param(o: Operands, i: int, compute: torch.dtype) -> Tensor:
-    """Return θ, or the float32 master of a split one."""
-    return rounding.join(o.params[i], o.remainders[i]) if o.remainders else o.params[i].to(compute)
+    """Return a copy of θ, or the float32 master of a split one."""
+    return rounding.join(o.params[i], o.remainders[i]) if o.remainders else o.params[i].to(compute, copy=True)
 
 
 def load_importance(o: Operands, i: int, compute: torch.dtype) -> Tensor:

@@ -1,0 +1,94 @@
+"""What is kept in which form: the dtype options of the optimizer, resolved for each parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import _validate
+from .reference import BLOCK
+
+SMALL = 4096  # elements; below, and for vectors, everything stays fp32: nothing to gain, and norms are sensitive
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+NAMES = {str(dtype): name for name, dtype in DTYPES.items()} | {"torch.int8": "int8", "torch.int4": "int4"}
+FORMATS = {
+    "importance_dtype": ("fp32", "bf16", "int8", "int4"),
+    "anchor_dtype": ("fp32", "bf16"),
+    "state_dtype": ("fp32", "bf16", "int8"),
+}
+CODES = {"int8": 8, "int4": 4}  # bits
+
+
+def parse(option: str, value: object) -> str:
+    """Return the name of a format given as a string or a torch dtype."""
+    name = NAMES.get(str(value)) if isinstance(value, torch.dtype) else value
+    _validate.storage_format(option, value, name, FORMATS[option])
+    return str(name)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The optimizer's dtype options. ``anchor`` None keeps the parameter's dtype."""
+
+    importance: str = "fp32"
+    anchor: str | None = None
+    state: str = "fp32"
+    master: str = "none"
+
+    @classmethod
+    def of(cls, importance_dtype: object, anchor_dtype: object, state_dtype: object, master: str) -> Storage:
+        """Check the options and return them."""
+        return cls(
+            parse("importance_dtype", importance_dtype),
+            None if anchor_dtype is None else parse("anchor_dtype", anchor_dtype),
+            parse("state_dtype", state_dtype),
+            master,
+        )
+
+    def importance_format(self, param: Tensor) -> str:
+        """Return how the importance of ``param`` is kept: "fp32", "bf16", "int8", "int4" or "fp64"."""
+        return _fitting(self.importance, param)
+
+    def state_format(self, param: Tensor) -> str:
+        """Return how the moments of ``param`` are kept."""
+        return _fitting(self.state, param)
+
+    def anchor_dtype(self, param: Tensor, exact: bool = True) -> torch.dtype:
+        """Return the dtype of the anchor; ``exact``: whether the parameter's own dtype holds its value."""
+        if param.dtype is torch.float64:
+            return param.dtype
+        if self.anchor is None or is_small(param):
+            return param.dtype if exact else torch.float32
+        return DTYPES[self.anchor]
+
+    def is_split(self, param: Tensor) -> bool:
+        """Whether ``param`` has an int16 remainder, with which it is a float32 number."""
+        return self.master == "split" and param.dtype is torch.bfloat16
+
+    def describe(self, params: list[Tensor]) -> str:
+        """Say what is kept how, and how many tensors stay wide."""
+        parts = [f"importance {self.importance}", f"anchor {self.anchor or 'as param'}", f"moments {self.state}"]
+        parts += [f"master {self.master}"] if self.master != "none" else []
+        wide = sum(self.state_format(p) != self.state or self.importance_format(p) != self.importance for p in params)
+        wider = f"; {wide} of {len(params)} tensors stay wider (small or odd shapes)" if wide else ""
+        return ", ".join(parts) + wider
+
+
+def is_small(param: Tensor) -> bool:
+    """Whether a parameter is a vector or has too few elements to be worth encoding."""
+    return param.dim() < 2 or param.numel() < SMALL
+
+
+def _fitting(name: str, param: Tensor) -> str:
+    if param.dtype is torch.float64:
+        return "fp64"
+    if is_small(param) or (name in CODES and param.shape[-1] % BLOCK):
+        return "fp32"
+    return name
+
+
+def scale_shape(param: Tensor) -> tuple[int, ...]:
+    """Return the shape of block scales: rows as the parameter, so that they shard with it."""
+    return (*param.shape[:-1], param.shape[-1] // BLOCK)

@@ -1,0 +1,117 @@
+"""What can be read from the optimizer at any time, without changing it: penalty, statistics, recorded importance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import _validate, penalty
+from . import state as _state
+from .importance.recorder import finalised
+from .names import layer_of
+from .step.plan import STATISTICS
+from .stepping import Stepping
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .importance.artifact import Importance
+
+
+class Readings(Stepping):
+    """The readable half of :class:`AlrAdamW`."""
+
+    @torch.no_grad()
+    def penalty_by_layer(self) -> dict[str, Tensor]:
+        """Return layer → λ α_l Σ_i Ω_i (θ_i − θ*_i)² (normalised as in the step): 0-dim float64 tensors, no host sync.
+
+        Before the first step the anchors are the weights themselves (or the mapping that was given).
+        """
+        result: dict[str, Tensor] = {}
+        by = self._penalty.coeffs.by if self._penalty else "block"
+        for group, slot, param in self._members():
+            if slot.importance is None:
+                continue
+            state = self.state.get(param, {})
+            weights = _state.whole(param, state)
+            anchor = state.get("anchor", self._anchor[slot.name].to(param.device) if self._anchor else weights)
+            unit = slot.unit_scale
+            if self._balance is not None:
+                unit = self._balance.unit_scales([slot.name], param.device)[0]
+            value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), group["reg_lambda"] * unit)
+            layer = layer_of(slot.name, by)
+            result[layer] = result[layer] + value.to(result[layer].device) if layer in result else value
+        return result
+
+    def penalty(self) -> Tensor:
+        """Return the penalty that the steps act on, a 0-dim float64 tensor; see :meth:`penalty_by_layer`."""
+        values = list(self.penalty_by_layer().values()) or [torch.zeros((), dtype=torch.float64)]
+        return torch.stack([value.to(values[0].device) for value in values]).sum()
+
+    @torch.no_grad()
+    def stats(self) -> dict[str, dict[str, Tensor]]:
+        """Return layer → statistic → 0-dim float64 tensor of the last step, without waiting for the device.
+
+        With k = 2·λ·α·Ω/normaliser, θ before the step and g the task gradient, unscaled and unclipped, over the layer:
+
+        ==============  ===================================================================
+        penalty         Σ ½ k (θ − θ*)²
+        grad_sq         Σ g²
+        pull_sq         Σ (k(θ − θ*))²
+        grad_dot_pull   Σ g·k(θ − θ*); negative where the penalty works against the task
+        stiffness       max lr·k/D: above 2 an explicit step would diverge
+        drift_sq        Σ (θ − θ*)² over parameters with importance
+        ==============  ===================================================================
+
+        Raises:
+            RuntimeError: not constructed with ``stats=True``, or no step yet.
+        """
+        calls = [call for call in self._calls.values() if call.statistics is not None]
+        if not calls:
+            _validate.stats_off()
+        by = self._penalty.coeffs.by if self._penalty else "block"
+        result: dict[str, dict[str, Tensor]] = {}
+        for call in calls:
+            for name, row in zip(call.names, call.statistics.unbind(), strict=True):  # type: ignore[union-attr]
+                values = dict(zip(STATISTICS, row.clone().unbind(), strict=True))
+                known = result.setdefault(layer_of(name, by), {})
+                for key, value in values.items():
+                    if key not in known:
+                        known[key] = value
+                    else:
+                        pair = torch.stack([known[key], value.to(known[key].device)])
+                        known[key] = pair.amax() if key == "stiffness" else pair.sum()
+        return result
+
+    def recorded_importance(
+        self, xi: float = 1e-6, *, relative: bool = False, allow_nonfinite: bool = False
+    ) -> Importance:
+        """Return Ω = max(ω, 0) / ((θ − θ_start)² + ξ) of the recording so far; a pure read.
+
+        Args:
+            xi: ξ > 0, in units of θ². It decides how weights that hardly moved rank.
+            relative: ξ in units of each tensor's mean((θ − θ_start)²).
+            allow_nonfinite: give elements whose ω is NaN or inf the importance 0 instead of raising.
+
+        Raises:
+            RuntimeError: not constructed with ``record=True``, or no step yet.
+            ValueError: ξ ≤ 0, or non-finite ω.
+
+        Source: arXiv 2501.13669, eq. 4-5, clamped once at the end.
+        """
+        steps = self.recorded_steps
+        _validate.recording(self.record, steps > 0)
+        members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
+        names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
+        weights = [_state.whole(param, state) for param, state in zip(params, states, strict=True)]
+        return finalised(
+            list(names),
+            [state["path_integral"] for state in states],
+            weights,
+            [state["start"].to(theta.dtype) for theta, state in zip(weights, states, strict=True)],
+            xi=xi,
+            relative=relative,
+            steps=steps,
+            allow_nonfinite=allow_nonfinite,
+        )

@@ -1,0 +1,82 @@
+"""One call of the step: parameters of a group that share every format, and their numbers on the device.
+
+Kept from step to step, so that nothing is uploaded that has not changed, and a captured graph finds its tensors where
+they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import _ops
+from .plan import HYPER, STATISTICS, Numbers, Operands, Options
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..state import Slot
+
+INVERSE_SCALE, CLIP, FOUND_INF = (HYPER.index(name) for name in ("inverse_scale", "clip", "found_inf"))
+
+
+def upload(values: Sequence[float], target: Tensor) -> None:
+    """Copy host numbers into ``target``: from pinned memory and without waiting where that means something."""
+    source = torch.tensor(values, dtype=target.dtype)
+    if target.device.type == "cuda":
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
+
+
+class Call:
+    """The numbers of one call, where its parameters are."""
+
+    def __init__(self, slots: Sequence[Slot], device: torch.device, stats: bool) -> None:
+        self.names = [slot.name for slot in slots]
+        self.keys = [slot.index for slot in slots]
+        self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
+        self.unit_scales = torch.zeros(len(slots), dtype=torch.float64, device=device)
+        self.version = -1  # of the coefficients in unit_scales
+        shape = (len(slots), len(STATISTICS))
+        self.statistics = torch.zeros(shape, dtype=torch.float64, device=device) if stats else None
+        self._host: tuple[float, ...] = ()
+
+    def set_hyper(self, values: Sequence[Any]) -> None:
+        """Bring hyper up to date; tensors on the device are copied there, everything else only when it changed."""
+        on_device = [i for i, v in enumerate(values) if isinstance(v, torch.Tensor) and v.device.type != "cpu"]
+        host = tuple(0.0 if i in on_device else float(value) for i, value in enumerate(values))
+        if host != self._host:
+            upload(host, self.hyper)
+            self._host = host
+        for i in on_device:
+            self.hyper[i].copy_(values[i].reshape(()))
+
+    def run(
+        self, rows: Sequence[tuple[Slot, Tensor]], states: Sequence[dict[str, Any]], options: Options,
+        *, penalised: bool, record: bool, backend: str,
+    ) -> None:  # fmt: skip
+        """Step the rows with what their states hold."""
+
+        def column(key: str) -> list[Tensor]:
+            return [state[key] for state in states]
+
+        coded = "exp_avg_scale" in states[0]
+        operands = Operands(
+            params=[param for _, param in rows],
+            grads=[param.grad for _, param in rows],
+            exp_avgs=column("exp_avg"),
+            exp_avg_sqs=column("exp_avg_sq"),
+            importances=[slot.importance for slot, _ in rows] if penalised else (),
+            anchors=column("anchor") if penalised else (),
+            path_integrals=column("path_integral") if record else (),
+            remainders=column("remainder") if "remainder" in states[0] else (),
+            exp_avg_scales=column("exp_avg_scale") if coded else (),
+            exp_avg_sq_scales=column("exp_avg_sq_scale") if coded else (),
+            importance_scales=[slot.importance_scales for slot, _ in rows]
+            if penalised and rows[0][0].importance_scales is not None
+            else (),
+        )
+        numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys)
+        _ops.step_(operands, numbers, options, self.statistics, backend)

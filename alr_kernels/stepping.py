@@ -1,0 +1,152 @@
+"""From param groups to calls of the step: which parameters go together, and with which numbers. No maths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _validate
+from . import state as _state
+from .balance import Balance
+from .codecs.storage import Storage
+from .step.call import Call, upload
+from .step.plan import Options
+
+
+class Stepping(Optimizer):
+    """The stepping half of :class:`AlrAdamW`, and the attributes that both halves share."""
+
+    mode: str
+    normalize: bool
+    record: bool
+    backend: str
+    precise: bool
+    capturable: bool
+    max_grad_norm: float | None
+    grad_norm: Tensor | None
+    _slots: list[list[_state.Slot]]
+    _penalty: _state.Penalty | None
+    _balance: Balance | None
+    _anchor: dict[str, Tensor] | None
+    _storage: Storage
+    _seed: int
+    _bound: bool
+    _version: int
+    _gathers_stats: bool
+    _recorded_steps: int
+    _device_steps: Tensor | None
+    _calls: dict[Any, Call]
+
+    def _members(self) -> list[tuple[dict[str, Any], _state.Slot, Tensor]]:
+        """Return (group, slot, parameter) for every parameter, as it is now."""
+        return [
+            (group, slot, param)
+            for group, slots in zip(self.param_groups, self._slots, strict=False)
+            for slot, param in zip(slots, group["params"], strict=True)
+        ]
+
+    def _bind(self) -> None:
+        """Take anchors and starts, all of them or, when a parameter is refused, none."""
+        members = self._members()
+        for _, slot, param in members:
+            _validate.steppable(slot.name, param)
+            if self.capturable:
+                _validate.capturable(slot.name, param)
+            if slot.importance is not None and slot.importance_scales is None:
+                _validate.importance_shape(slot.name, slot.importance, param)
+        for _, slot, param in members:
+            slot.dtype = param.dtype
+            record = self.record and param.requires_grad
+            needed = slot.importance is not None or record or self._storage.is_split(param)
+            anchor = self._anchor.get(slot.name) if self._anchor else None
+            _state.bind(slot, param, self.state[param] if needed else {}, self._storage, anchor, record)
+        if self._balance is not None:
+            self._balance.to(next(param.device for _, slot, param in members if slot.importance is not None))
+        self._anchor = None
+        self._bound = True
+        self._calls.clear()
+
+    def _buckets(self) -> dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]:
+        """Group what has a gradient by group, device and every format, checking every gradient first."""
+        buckets: dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]] = {}
+        for group_index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+            strength = group["reg_lambda"]
+            known = not isinstance(strength, Tensor) or strength.device.type == "cpu"
+            reg_lambda = float(strength) if known else 1.0  # a device's λ is not read: 0 gives AdamW's bits anyway
+            for slot, param in zip(slots, group["params"], strict=True):
+                grad = param.grad
+                if grad is None:
+                    continue
+                _validate.gradient(slot.name, param, grad)
+                if slot.dtype is not param.dtype:
+                    _validate.same_dtype(slot.name, param.dtype, slot.dtype)
+                penalised = reg_lambda > 0 and slot.unit_scale > 0
+                if penalised:
+                    _validate.curvature(slot.name, reg_lambda * slot.unit_scale, slot.largest)
+                key = (group_index, param.device, param.dtype, grad.dtype, penalised, slot.form)
+                buckets.setdefault(key, []).append((slot, param))
+        return buckets
+
+    def _clip(self, buckets: Mapping[Any, list[tuple[_state.Slot, Tensor]]], inverse: float | Tensor) -> Tensor:
+        """Return min(1, max_grad_norm / ‖g‖), as torch's clip_grad_norm_ computes it; one read of the gradients."""
+        norms: list[Tensor] = []
+        for rows in buckets.values():
+            grads = [param.grad for _, param in rows]
+            norms += torch._foreach_norm(grads, 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+        home = norms[0].device
+        total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in norms]))
+        self.grad_norm = total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)
+        return (self.max_grad_norm / (self.grad_norm.float() + 1e-6)).clamp(max=1.0)
+
+    def _step_bucket(
+        self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any]
+    ) -> None:
+        group, device, penalised = self.param_groups[key[0]], key[1], key[4]
+        states = [self.state[param] for _, param in rows]
+        for (slot, param), state in zip(rows, states, strict=True):
+            if "exp_avg" not in state:
+                _state.start_moments(param, state, self._storage)
+            if self.record and "path_integral" not in state:  # frozen when the recording began
+                _state.bind(slot, param, state, self._storage, None, True)
+        call = self._calls.get(key)
+        if call is None or call.keys != [slot.index for slot, _ in rows]:
+            gathers = self._gathers_stats or self._balance is not None
+            call = self._calls[key] = Call([slot for slot, _ in rows], device, gathers)
+        if penalised and call.version != self._version:
+            if self._balance is not None:
+                call.unit_scales.copy_(self._balance.unit_scales(call.names, device))
+            else:
+                upload([slot.unit_scale for slot, _ in rows], call.unit_scales)
+            call.version = self._version
+        call.set_hyper(
+            (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["reg_lambda"], *shared)
+        )
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1.0)
+        skips = isinstance(shared[2], Tensor)
+        if skips and call.statistics is not None:
+            call.statistics.zero_()
+        options = Options(self.mode, bool(group["maximize"]), self.precise, self._storage.master, self._seed)
+        call.run(rows, states, options, penalised=penalised, record=self.record, backend=self.backend)
+        if skips:
+            torch._foreach_sub_(steps, [shared[2].to(device).reshape(())] * len(steps))
+        if penalised and self._balance is not None:
+            self._balance.observe(call.names, call.statistics)
+
+    def _count_recorded(self, found_inf: Tensor | None) -> None:
+        if found_inf is None and not self.capturable:
+            self._recorded_steps += 1
+            return
+        device = next(param.device for _, _, param in self._members() if param.grad is not None)
+        if self._device_steps is None:
+            self._device_steps = torch.zeros((), dtype=torch.float64, device=device)
+        self._device_steps += 1.0 if found_inf is None else 1.0 - found_inf.to(device).reshape(())
+
+    @property
+    def recorded_steps(self) -> int:
+        """Steps that the recording has integrated, skipped ones left out."""
+        return self._recorded_steps + (0 if self._device_steps is None else int(self._device_steps))
