@@ -49,6 +49,11 @@ class Readings(Stepping):
         values = list(self.penalty_by_layer().values()) or [torch.zeros((), dtype=torch.float64)]
         return torch.stack([value.to(values[0].device) for value in values]).sum()
 
+    def importance_tensors(self) -> list[Tensor]:
+        """Return the tensors in which the steps hold Ω, codes and scales included: what importance costs."""
+        pairs = ((slot.importance, slot.importance_scales) for _, slot, _ in self._members())
+        return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
     @torch.no_grad()
     def stats(self) -> dict[str, dict[str, Tensor]]:
         """Return layer → statistic → 0-dim float64 tensor of the last step, without waiting for the device.

@@ -6,20 +6,26 @@ import copy
 import math
 from typing import NamedTuple
 
+import oracle
 import pytest
 import torch
 from torch import nn
 
 from alr_kernels import AlrAdamW, _ops
+from alr_kernels.step.plan import HYPER as HYPER_NAMES
+from alr_kernels.step.plan import MASTERS, Numbers, Operands, Options
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 # Empty, one element, a vector's tail, around a 1,024-element chunk, more than one thread's share, three dimensions.
 SHAPES = ((0,), (1,), (17,), (1023,), (1024,), (1025,), (65_537,), (3, 5, 7))
+CODED_SHAPES = ((32, 128), (40, 128), (33, 384), (256, 256))  # what may be kept in blocks of 128
 DTYPES = ((F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16), (F16, F32))  # parameter, gradient
 MODES = ("coupled", "proximal")
 STEPS = (1, 2, 15, 16, 17)
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}  # decay is never off by default
+NUMBERS = HYPER | {"reg_lambda": 0.9, "inverse_scale": 1.0, "clip": 1.0, "found_inf": 0.0}
+ORACLE_ROLES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "importances", "anchors", "path_integrals")
 
 
 def _backend(name):
@@ -86,13 +92,9 @@ def same_bits(got, expected):
     """Whether two tensors have the same bits; NaN counts as equal to NaN."""
     if got.dtype != expected.dtype or got.shape != expected.shape:
         return False
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[got.element_size()]
-    bits = [
-        t.detach().contiguous().view(integer) if t.dim() else t.detach().reshape(1).view(integer)
-        for t in (got, expected)
-    ]
+    bits = [t.detach().reshape(-1).view(INTEGERS[t.element_size()]) for t in (got, expected)]
     nan = got.isnan() & expected.isnan()
-    return bool(((bits[0] == bits[1]) | nan.reshape(bits[0].shape)).all())
+    return bool(((bits[0] == bits[1]) | nan.reshape(-1)).all())
 
 
 def assert_same_state(optimizer, other):
@@ -129,56 +131,184 @@ def assert_unchanged(optimizer, before):
 
 # ---------------------------------------------------------------- operands of one step
 
+
+class Case(NamedTuple):
+    """How a step is called: what form each operand has, and the options."""
+
+    param: str = "fp32"  # or bf16, fp16, fp64 (then every operand), split and stochastic (both bf16)
+    grad: str = "fp32"
+    moments: str = "fp32"
+    importance: str = "fp32"
+    anchor: str = "fp32"
+    record: bool = True
+    mode: str = "proximal"
+    maximize: bool = False
+    precise: bool = True
+    clip: float = 1.0
+    inverse_scale: float = 1.0
+    statistics: bool = False
+
+    @property
+    def coded(self):
+        """Whether an operand has blocks, so that the last dimension must be a multiple of 128."""
+        return self.moments == "int8" or self.importance in ("int8", "int4")
+
+    @property
+    def options(self):
+        master = self.param if self.param in MASTERS else "none"
+        return Options(self.mode, self.maximize, self.precise, master, seed=7)
+
+
+CHOICES = {
+    "param": ("fp32", "bf16", "fp16", "split", "stochastic"),
+    "grad": ("fp32", "bf16", "fp16"),
+    "moments": ("fp32", "bf16", "int8"),
+    "importance": ("fp32", "none", "bf16", "int8", "int4"),
+    "anchor": ("fp32", "bf16", "fp16"),
+    "record": (True, False),
+    "mode": MODES,
+    "maximize": (False, True),
+    "precise": (True, False),
+    "clip": (1.0, 0.3),
+    "inverse_scale": (1.0, 0.37),
+    "statistics": (False, True),
+}
+
 GUARD = 32  # elements before and after every operand
-COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "importances", "anchors", "path_integrals")
+COLUMNS = Operands._fields
+FORMS = {"fp32": F32, "bf16": BF16, "fp16": F16, "fp64": F64, "split": BF16, "stochastic": BF16}
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def guarded(values):
-    """Return a view equal to ``values`` in the middle of a larger storage full of NaN."""
-    storage = torch.full((values.numel() + 2 * GUARD,), math.nan, dtype=values.dtype)
+    """Return a view equal to ``values`` in the middle of a larger storage full of NaN, or of bits 1 for integers."""
+    poison = math.nan if values.is_floating_point() else 0
+    storage = torch.full((values.numel() + 2 * GUARD,), poison, dtype=values.dtype)
+    if not values.is_floating_point():
+        storage = ~storage
     view = storage.narrow(0, GUARD, values.numel()).view(values.shape)
     return view.copy_(values)
 
 
 def guards_are_untouched(tensor):
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
-    return bool(storage[:GUARD].isnan().all() and storage[-GUARD:].isnan().all())
+    ends = torch.cat((storage[:GUARD], storage[-GUARD:]))
+    return bool((ends.isnan() if tensor.is_floating_point() else ~ends == 0).all())
 
 
-def operands(dtype, grad_dtype, *, penalty=True, record=True, shapes=SHAPES, seed=0):
-    """Return the tensor lists of one step; a third of Ω is 0, the rest spans 12 decades of k.
+def formed(case, shapes, seed=0):
+    """Return the operands of one step, by name; a third of Ω is 0, the rest spans 12 decades of k.
 
-    v is at least 0.01, so that no denominator is small enough to magnify rounding.
+    v is at least 0.01, so that no denominator is small enough to magnify rounding. Codes are the oracle's.
     """
     generator = torch.Generator().manual_seed(seed)
     columns = {name: [] for name in COLUMNS}
+
+    def keep(name, value, form):
+        columns[name].append(guarded(value.to(F64 if case.param == "fp64" else FORMS[form])))
+
+    def keep_codes(name, scales, value, kind, dtype, scale_dtype=F32):
+        codes, found = oracle.encode(value, kind)
+        columns[name].append(guarded((oracle.pack(codes) if kind == "importance 4" else codes).to(dtype)))
+        columns[scales].append(guarded(found.to(scale_dtype)))
+
     for shape in shapes:
 
         def normal(scale, shape=shape):
             return torch.randn(shape, generator=generator) * scale
 
-        compute = torch.promote_types(dtype, F32)
-        param = normal(1.0).to(dtype)
-        values = (
-            param,
-            normal(0.1).to(grad_dtype),
-            normal(0.05).to(compute),
-            (normal(0.1).square() + 0.01).to(compute),
-            (torch.exp(normal(4.0)) * (torch.rand(shape, generator=generator) > 1 / 3)).to(compute),
-            (param.float() + normal(0.1)).to(dtype),
-            normal(1e-3).to(compute),
-        )
-        for name, value in zip(COLUMNS, values, strict=True):
-            columns[name].append(guarded(value))
-    if not penalty:
-        columns["importances"], columns["anchors"] = [], []
-    if not record:
-        columns["path_integrals"] = []
+        param, grad, exp_avg, exp_avg_sq = normal(1.0), normal(0.1), normal(0.05), normal(0.1).square() + 0.01
+        importance = torch.exp(normal(4.0)) * (torch.rand(shape, generator=generator) > 1 / 3)
+        anchor, path_integral = param.to(FORMS[case.param]).float() + normal(0.1), normal(1e-3)
+        if case.param == "split":
+            high, low = (torch.where(half >= 2**15, half - 2**16, half).to(torch.int16) for half in oracle.split(param))
+            columns["params"].append(guarded(high.view(BF16)))
+            columns["remainders"].append(guarded(low))
+        else:
+            keep("params", param, case.param)
+        keep("grads", grad, case.grad)
+        if case.moments == "int8":
+            keep_codes("exp_avgs", "exp_avg_scales", exp_avg, "exp_avg", torch.int8)
+            keep_codes("exp_avg_sqs", "exp_avg_sq_scales", exp_avg_sq, "exp_avg_sq", torch.uint8)
+        else:
+            keep("exp_avgs", exp_avg, case.moments)
+            keep("exp_avg_sqs", exp_avg_sq, case.moments)
+        if case.importance in ("int8", "int4"):
+            kind = f"importance {case.importance[3:]}"
+            keep_codes("importances", "importance_scales", importance, kind, torch.uint8, BF16)
+        elif case.importance != "none":
+            keep("importances", importance, case.importance)
+        if case.importance != "none":
+            keep("anchors", anchor, case.anchor)
+        if case.record:
+            keep("path_integrals", path_integral, "fp32")
     return columns
+
+
+def operands(dtype, grad_dtype, *, penalty=True, record=True, shapes=SHAPES, seed=0):
+    """Return the operands of a step that keeps nothing in few bytes but the weights and their anchor."""
+    form = {dtype: name for name, dtype in FORMS.items() if name not in MASTERS}
+    importance = "fp32" if penalty else "none"
+    case = Case(form[dtype], form[grad_dtype], importance=importance, anchor=form[dtype], record=record)
+    return formed(case, shapes, seed)
+
+
+def decoded(columns, i):
+    """Return name → float64 values of the i-th parameter's operands, or None: what the oracle is given."""
+    row = {name: tensors[i] if len(tensors) else None for name, tensors in columns.items()}
+    values = {name: None if row[name] is None else oracle.wide(row[name]) for name in ORACLE_ROLES}
+    if row["remainders"] is not None:
+        values["params"] = oracle.join(row["params"], row["remainders"])
+    if row["exp_avg_scales"] is not None:
+        values["exp_avgs"] = oracle.decode(row["exp_avgs"], row["exp_avg_scales"], "exp_avg")
+        values["exp_avg_sqs"] = oracle.decode(row["exp_avg_sqs"], row["exp_avg_sq_scales"], "exp_avg_sq")
+    if row["importance_scales"] is not None:
+        packed = row["importances"].shape != row["params"].shape
+        codes = oracle.unpack(row["importances"]) if packed else row["importances"]
+        values["importances"] = oracle.decode(codes, row["importance_scales"], f"importance {4 if packed else 8}")
+    return values
 
 
 def copied(columns):
     return {name: [guarded(tensor) for tensor in tensors] for name, tensors in columns.items()}
+
+
+def rows(columns, indices):
+    """Return the operands of some of the parameters, the same tensors."""
+    return {name: [tensors[i] for i in indices] if tensors else [] for name, tensors in columns.items()}
+
+
+def assert_same_columns(columns, expected, names=COLUMNS):
+    for name in names:
+        for i, (got, wanted) in enumerate(zip(columns[name], expected[name], strict=True)):
+            assert same_bits(got, wanted), f"{name}[{i}] {tuple(got.shape)} differs"
+
+
+def unit_scales_of(columns):
+    """Return curvature / (λ·Ω) of each tensor: it differs, so that mixing them up shows."""
+    return [0.7 + 0.1 * i for i in range(len(columns["params"]))]
+
+
+def counts_of(columns, rotation=0):
+    """Give neighbouring tensors different step counts; five rotations give each tensor each of them."""
+    return [float(STEPS[(i + rotation) % len(STEPS)]) for i in range(len(columns["params"]))]
+
+
+def numbers_of(columns, counts, keys=None, **hyper):
+    values = NUMBERS | hyper
+    assert set(values) == set(HYPER_NAMES), f"unknown: {set(values) - set(HYPER_NAMES)}"
+    return Numbers(
+        torch.tensor([values[name] for name in HYPER_NAMES], dtype=F64),
+        [torch.tensor(count) for count in counts],
+        torch.tensor(unit_scales_of(columns), dtype=F64),
+        list(range(len(counts))) if keys is None else keys,
+    )
+
+
+def take_step(columns, backend, counts, options=Options(), *, statistics=None, keys=None, **hyper):
+    """Take a step in place; ``hyper`` overrides NUMBERS."""
+    numbers = numbers_of(columns, counts, keys, **hyper)
+    _ops.step_(Operands(**columns), numbers, options, statistics, backend)
 
 
 # ---------------------------------------------------------------- small problems

@@ -51,29 +51,60 @@ def proximal_point(h, anchor, k, lr, denom):
     return (denom * h + lr * k * anchor) / (denom + lr * k)
 
 
+def task_gradient(grad, maximize=False, inverse_scale=1.0):
+    """Return the gradient of the loss that is minimised, from that of the scaled loss."""
+    return (-wide(grad) if maximize else wide(grad)) * inverse_scale
+
+
+def clip_factor(grads, max_norm, inverse_scale=1.0):
+    """Return min(1, max_norm / ‖g‖) over all tensors, after unscaling."""
+    norm = math.sqrt(sum(float((wide(grad) * inverse_scale).square().sum()) for grad in grads))
+    return min(1.0, max_norm / norm)
+
+
+def denominator(exp_avg_sq, count, beta2, eps):
+    """Return D = √v̂ + eps."""
+    return (wide(exp_avg_sq) / (1 - beta2**count)).sqrt() + eps
+
+
 def step(
     theta, grad, exp_avg, exp_avg_sq, count, *, lr, beta1, beta2, eps, weight_decay, maximize=False, mode=None,
-    importance=None, anchor=None, weight=0.0,
+    importance=None, anchor=None, weight=0.0, inverse_scale=1.0, clip=1.0,
 ):  # fmt: skip
     """Return θ, m and v after update number ``count`` (from 1), as float64; ``mode`` None is AdamW without penalty."""
-    theta, grad, exp_avg, exp_avg_sq = map(wide, (theta, grad, exp_avg, exp_avg_sq))
-    if maximize:
-        grad = -grad
+    theta, exp_avg, exp_avg_sq = map(wide, (theta, exp_avg, exp_avg_sq))
+    grad = task_gradient(grad, maximize, inverse_scale) * clip
     if mode == "coupled":
         grad = grad + penalty_gradient(theta, anchor, importance, weight)
     exp_avg = beta1 * exp_avg + (1 - beta1) * grad
     exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * grad**2
-    denom = (exp_avg_sq / (1 - beta2**count)).sqrt() + eps
+    denom = denominator(exp_avg_sq, count, beta2, eps)
     after = theta - lr * weight_decay * theta - lr * (exp_avg / (1 - beta1**count)) / denom
     if mode == "proximal":
         after = proximal_point(after, wide(anchor), 2 * weight * wide(importance), lr, denom)
     return after, exp_avg, exp_avg_sq
 
 
-def record(path_integral, grad, before, after, maximize=False):
-    """Return ω − g·(θ_after − θ_before), of weights as they are stored."""
-    signed = -wide(grad) if maximize else wide(grad)
-    return wide(path_integral) - signed * (wide(after) - wide(before))
+def record(path_integral, grad, before, after, maximize=False, inverse_scale=1.0):
+    """Return ω − g·(θ_after − θ_before), of weights as they are stored and the gradient before clipping."""
+    return wide(path_integral) - task_gradient(grad, maximize, inverse_scale) * (wide(after) - wide(before))
+
+
+def statistics(theta, grad, anchor, importance, weight, lr, denom):
+    """Return name → (value, size of the terms that were summed) of one tensor; ``grad`` is the task gradient."""
+    drift, pull = wide(theta) - wide(anchor), penalty_gradient(theta, anchor, importance, weight)
+    stiffness = (2 * weight * lr * wide(importance) / denom).flatten().tolist()
+    sums = {
+        "penalty": float(penalty(wide(theta), wide(anchor), wide(importance), weight)),
+        "grad_sq": float((grad * grad).sum()),
+        "pull_sq": float((pull * pull).sum()),
+        "grad_dot_pull": float((grad * pull).sum()),
+        "stiffness": max(stiffness, default=0.0),
+        "drift_sq": float((drift * drift).sum()),
+    }
+    return {name: (value, abs(value)) for name, value in sums.items()} | {
+        "grad_dot_pull": (sums["grad_dot_pull"], float((grad * pull).abs().sum()))
+    }
 
 
 def finalise(path_integral, end, start, xi, relative=False):
@@ -93,3 +124,81 @@ def finalise(path_integral, end, start, xi, relative=False):
         "numel": importance.numel(),
         "nonfinite": int((~finite).sum()),
     }
+
+
+# ---------------------------------------------------------------- forms of storage
+
+BLOCK = 128
+CODES = {"exp_avg": (2, 127), "exp_avg_sq": (4, 255), "importance 8": (4, 255), "importance 4": (4, 15)}
+
+
+def _per_block(function, values, scales):
+    rows = wide(values).reshape(-1, BLOCK)
+    return function(rows, wide(scales).reshape(-1, 1).expand(len(rows), 1)).reshape(values.shape)
+
+
+def code_scales(values, kind):
+    """Return max |x| of each block of 128 along the last dimension, rounded to bf16 for importance."""
+    peaks = wide(values).abs().reshape(-1, BLOCK).amax(1).reshape(*values.shape[:-1], values.shape[-1] // BLOCK)
+    return wide(peaks.to(torch.bfloat16)) if kind.startswith("importance") else peaks
+
+
+def code_positions(values, scales, kind):
+    """Return ±top·(|x|/scale)^(1/exponent): the code before it is rounded; 0 in a block of zeros."""
+    exponent, top = CODES[kind]
+
+    def position(x, scale):
+        return torch.where(scale > 0, x.sign() * top * (x.abs() / scale.clamp(min=1e-300)) ** (1 / exponent), 0.0)
+
+    return _per_block(position, values, scales)
+
+
+def code_rounded(positions, kind):
+    """Return the nearest code, halves away from 0, none beyond the largest."""
+    return positions.sign() * (positions.abs() + 0.5).floor().clamp(max=CODES[kind][1])
+
+
+def encode(values, kind):
+    """Return (codes, scales) as float64; a v > 0 never has code 0."""
+    scales = code_scales(values, kind)
+    codes = code_rounded(code_positions(values, scales, kind), kind)
+    return torch.where(values > 0, codes.clamp(min=1), codes) if kind == "exp_avg_sq" else codes, scales
+
+
+def decode(codes, scales, kind):
+    exponent, top = CODES[kind]
+    return _per_block(lambda c, scale: c.sign() * scale * (c.abs() / top) ** exponent, codes, scales)
+
+
+def pack(codes):
+    """Return two codes of 4 bits a byte: the first of a pair counts ones, the second sixteens."""
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    return pairs[..., 0] + 16 * pairs[..., 1]
+
+
+def unpack(packed):
+    return torch.stack((packed % 16, packed // 16), -1).reshape(*packed.shape[:-1], -1)
+
+
+def _unsigned(tensor, bits):
+    return tensor.view(torch.int32 if bits == 32 else torch.int16).long() % 2**bits
+
+
+def split(x):
+    """Return the high and low halves of float32 bits as integers: high = ⌊(bits + 2¹⁵) / 2¹⁶⌋, low = bits − high·2¹⁶."""
+    bits = _unsigned(x, 32)
+    high = torch.div(bits + 2**15, 2**16, rounding_mode="floor")
+    return high, bits - high * 2**16
+
+
+def join(param, remainder):
+    """Return the float64 value of a bf16 number and its int16 remainder."""
+    bits = (_unsigned(param, 16) * 2**16 + remainder.long()) % 2**32
+    return torch.where(bits >= 2**31, bits - 2**32, bits).int().view(torch.float32).double()
+
+
+def bf16_neighbours(x):
+    """Return the largest bf16 number ≤ x and the smallest ≥ x, of finite float64 x, as float64."""
+    exponent = torch.frexp(wide(x)).exponent.clamp(min=-125)  # of x in [½, 1)·2^exponent
+    spacing = torch.ldexp(torch.ones_like(wide(x)), exponent - 8)
+    return torch.floor(wide(x) / spacing) * spacing, torch.ceil(wide(x) / spacing) * spacing

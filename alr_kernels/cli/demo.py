@@ -106,6 +106,7 @@ def _run(arch: str, seed: int, fast: bool, folder: Path, threads: int) -> None:
     results.write_text(json.dumps(result, indent=1) + "\n")
     files = [folder / "importance.safetensors", results, *forgetting_plots.write(result, folder)]
     console.print(forgetting_table.table(result))
+    console.print(forgetting_table.few_bytes(result))
     for paragraph in forgetting_table.explanation(result, fast):
         console.print(f"\n{paragraph}", highlight=False)
     console.print(f"\nWritten to {folder}/: " + ", ".join(path.name for path in files), highlight=False)

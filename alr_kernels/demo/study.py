@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,12 @@ ADAMW, L2SP, COUPLED, PROXIMAL = "AdamW", "L2-SP", "ALR coupled", "ALR proximal"
 FAMILIES = (ADAMW, L2SP, COUPLED, PROXIMAL)
 OURS = (COUPLED, PROXIMAL)
 RULES = ("softmax", "proportional", "uniform")
+# The chosen proximal run once more in fewer bytes: what is kept how.
+FEW_BYTES = (
+    (("importance_dtype", "int8"),),
+    (("importance_dtype", "int4"), ("anchor_dtype", "bf16")),
+    (("importance_dtype", "int4"), ("anchor_dtype", "bf16"), ("state_dtype", "int8")),
+)
 Phase = Callable[[str, int], Callable[[], None]]  # (name, ticks in all) → what to call at each tick
 
 
@@ -129,6 +135,7 @@ def study(settings: Settings, out: Path, phase: Phase) -> dict[str, Any]:
     set_up = time.perf_counter()
     prepared = _prepare(settings, general, domain, out / "importance.safetensors", phase)
     runs, selection = _tune_all(prepared)
+    few_bytes = _few_bytes(prepared, next(run for run in runs if run.arm.label == selection["chosen"][PROXIMAL]))
     return {
         "versions": _environment.versions(),
         "machine": {**_environment.machine(), "threads": torch.get_num_threads()},
@@ -147,6 +154,7 @@ def study(settings: Settings, out: Path, phase: Phase) -> dict[str, Any]:
         },
         "coefficients": _coefficients(prepared),
         "selection": selection,
+        "few_bytes": few_bytes,
         **compare(runs, selection["chosen"]),
     }
 
@@ -209,6 +217,25 @@ def _tune_all(prepared: _Study) -> tuple[list[Run], dict[str, Any]]:
         "chosen": chosen,
         "rule_trials": {run.arm.coeffs: forgetting_at(run.points["validation"], _level(trials)) for run in trials},
     }
+
+
+def _few_bytes(prepared: _Study, wide: Run) -> list[dict[str, Any]]:
+    """Repeat a run with encoded importance, anchor and moments, and say what changed."""
+    rows = []
+    for run in (wide, *(prepared.run(replace(wide.arm, storage=storage)) for storage in FEW_BYTES)):
+        apart = [abs(a - b) / b for a, b in zip(run.losses, wide.losses, strict=True)]
+        rows.append(
+            {
+                "storage": dict(run.arm.storage),
+                "held_bytes": run.held_bytes,
+                "general": run.final["general test"],
+                "domain": run.final["domain test"],
+                "loss_apart": max(apart),
+                "loss_apart_mean": abs(sum(run.losses) / sum(wide.losses) - 1),
+                "optimizer_ms": run.optimizer_ms,
+            }
+        )
+    return rows
 
 
 def _level(runs: Sequence[Run]) -> float:

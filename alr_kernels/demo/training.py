@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Tick = Callable[[], None]
 WARMUP = 10  # tuning steps until the learning rate is whole
 # AdamW's own state: every arm has it, so it is not counted as extra.
-MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+MOMENTS = frozenset({"step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"})
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,13 @@ class Arm:
     importance: str = "none"
     mode: str = "proximal"
     coeffs: str = "uniform"
+    storage: tuple[tuple[str, str], ...] = ()  # dtype options of AlrAdamW
 
     @property
     def label(self) -> str:
         """The arm's row in tables."""
-        return f"{self.family}, " + (f"λ {self.reg_lambda:g}" if self.reg_lambda else f"lr {self.lr:g}")
+        kept = "".join(f", {option.removesuffix('_dtype')} {name}" for option, name in self.storage)
+        return f"{self.family}, " + (f"λ {self.reg_lambda:g}" if self.reg_lambda else f"lr {self.lr:g}") + kept
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Run:
     optimizer_ms: float = 0.0  # median of optimizer.step()
     step_ms: float = 0.0  # median of forward, backward and optimizer.step()
     extra_bytes: float = 0.0  # a parameter, beyond the moments of AdamW
+    held_bytes: float = 0.0  # a parameter, moments included
+    losses: list[float] = field(default_factory=list)  # training loss of every step
     coeffs: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,7 +88,7 @@ def importance_of(arm: Arm, recorded: Importance) -> Mapping[str, Tensor] | None
 
 def build_optimizer(model: nn.Module, arm: Arm, importance: Mapping[str, Tensor] | None) -> AlrAdamW:
     """Return the arm's optimizer. Every arm is the same class; without importance it is AdamW."""
-    options: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.0}
+    options: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.0, **dict(arm.storage)}
     if importance is not None:
         options |= {"coeffs": arm.coeffs, "reg_lambda": arm.reg_lambda, "mode": arm.mode}
     return AlrAdamW(model.named_parameters(), importance, **options)
@@ -117,12 +121,14 @@ def tune(
         batch = next(batches)
         began = time.perf_counter()
         optimizer.zero_grad()
-        models.nll(model, batch).backward()
+        loss = models.nll(model, batch)
+        loss.backward()
         middle = time.perf_counter()
         optimizer.step()
         ended = time.perf_counter()
         whole.append(1e3 * (ended - began))
         inside.append(1e3 * (ended - middle))
+        run.losses.append(float(loss.detach()))
         tick()
         if step % evaluate_every == 0 or step == steps:
             run.final = models.evaluate(model, sets)
@@ -130,17 +136,19 @@ def tune(
                 general = run.final[f"general {split}"] - before[f"general {split}"]
                 points.append((run.final[f"domain {split}"], general))
     run.optimizer_ms, run.step_ms = statistics.median(inside), statistics.median(whole)
-    run.extra_bytes = extra_bytes_per_parameter(model, optimizer, importance)
+    run.held_bytes, run.extra_bytes = bytes_per_parameter(model, optimizer)
     run.coeffs = dict(optimizer.coeffs or {})
     return run
 
 
-def extra_bytes_per_parameter(model: nn.Module, optimizer: AlrAdamW, importance: Mapping[str, Tensor] | None) -> float:
-    """Count the live tensors that the arm holds beyond AdamW's moments and step: importance, anchor, ω.
+def bytes_per_parameter(model: nn.Module, optimizer: AlrAdamW) -> tuple[float, float]:
+    """Count the live tensors that the arm holds beside weights and gradients: (all, without AdamW's moments).
 
     Memory that several of them share counts once.
     """
-    held = [value for state in optimizer.state.values() for key, value in state.items() if key not in MOMENTS]
-    held += (importance or {}).values()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in held}
-    return sum(storages.values()) / sum(param.numel() for param in model.parameters())
+    held = [(key in MOMENTS, value) for state in optimizer.state.values() for key, value in state.items()]
+    held += [(False, tensor) for tensor in optimizer.importance_tensors()]
+    numel = sum(param.numel() for param in model.parameters())
+    storages = {t.untyped_storage().data_ptr(): (moment, t.untyped_storage().nbytes()) for moment, t in held}
+    extra = sum(nbytes for moment, nbytes in storages.values() if not moment)
+    return sum(nbytes for _, nbytes in storages.values()) / numel, extra / numel
