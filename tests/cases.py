@@ -25,6 +25,7 @@ MODES = ("coupled", "proximal")
 STEPS = (1, 2, 15, 16, 17)
 HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}  # decay is never off by default
 NUMBERS = HYPER | {"reg_lambda": 0.9, "inverse_scale": 1.0, "clip": 1.0, "found_inf": 0.0}
+DEFAULT = Options()
 ORACLE_ROLES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "importances", "anchors", "path_integrals")
 
 
@@ -53,6 +54,11 @@ TOLERANCES = {
     ("param", F64): Tolerance(8, "float64 against float64, in another order of operations"),
     "moment": Tolerance(4e-7, "three float32 roundings of 6e-8 each, and twice that where the gradient is squared"),
     "path_integral": Tolerance(3e-7, "difference, product and sum round once each; θ is taken as it was stored"),
+    "scale": Tolerance(3e-7, "of the largest term of its block: the scale is a moment of it"),
+    "code": Tolerance(
+        8e-6, "two Newton steps leave 4.8e-6 of a square root, 7e-6 of a root of a root; of the position"
+    ),
+    "step statistics": Tolerance(2e-6, "float64 sums of terms whose k, θ − θ* or D is float32; of the terms' size"),
     "importance": Tolerance(
         5e-7, "move, square, sum and quotient round once each; the move is rounded before the square"
     ),
@@ -305,7 +311,7 @@ def numbers_of(columns, counts, keys=None, **hyper):
     )
 
 
-def take_step(columns, backend, counts, options=Options(), *, statistics=None, keys=None, **hyper):
+def take_step(columns, backend, counts, options=DEFAULT, *, statistics=None, keys=None, **hyper):
     """Take a step in place; ``hyper`` overrides NUMBERS."""
     numbers = numbers_of(columns, counts, keys, **hyper)
     _ops.step_(Operands(**columns), numbers, options, statistics, backend)

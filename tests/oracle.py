@@ -185,7 +185,7 @@ def _unsigned(tensor, bits):
 
 
 def split(x):
-    """Return the high and low halves of float32 bits as integers: high = ⌊(bits + 2¹⁵) / 2¹⁶⌋, low = bits − high·2¹⁶."""
+    """Return the halves of float32 bits as integers: high = ⌊(bits + 2¹⁵) / 2¹⁶⌋, low = bits − high·2¹⁶."""
     bits = _unsigned(x, 32)
     high = torch.div(bits + 2**15, 2**16, rounding_mode="floor")
     return high, bits - high * 2**16

@@ -54,3 +54,10 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
     """Return bf16 of float32: the magnitude plus 16 random bits, cut off."""
     whole = (x.view(torch.int32).long() & MASK) + bits
     return _as_int16(torch.where(x.isnan(), 0x7FC0, (whole >> 16) & 0xFFFF)).view(torch.bfloat16)
+
+
+def dither(key: int, blocks: int, block: int, device: torch.device) -> Tensor:
+    """Return u in [0, 1) of the moments' codes, float32 [blocks, block]: a random number a block, plus j·φ (mod 1)."""
+    start = noise(key, torch.Size([blocks, 1]), device)
+    whole = (start + torch.arange(block, device=device) * 0x9E3779B9) & MASK
+    return (whole >> 8).float() * 2.0**-24
