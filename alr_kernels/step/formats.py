@@ -37,18 +37,17 @@ def load_moments(o: Operands, i: int, compute: torch.dtype) -> tuple[Tensor, Ten
     return exp_avg, codecs.decode_exp_avg_sq(o.exp_avg_sqs[i], o.exp_avg_sq_scales[i])
 
 
-def store_moments(o: Operands, i: int, exp_avg: Tensor, exp_avg_sq: Tensor, root: Tensor, noise: Tensor | None) -> None:
-    """Store m and v (``root`` is √v; ``noise`` 32 random bits an element, of which the upper 16 round v)."""
+def store_moments(o: Operands, i: int, values: tuple[Tensor, Tensor, Tensor], noise: Tensor | None, key: int) -> None:
+    """Store (m, v, √v). ``noise``: 32 random bits an element, the upper 16 round a bf16 v; ``key``: of the codes' u."""
+    exp_avg, exp_avg_sq, root = values
     if o.exp_avgs[i].dtype is torch.int8:
-        for target, value in zip((o.exp_avgs, o.exp_avg_scales), codecs.encode_exp_avg(exp_avg), strict=True):
+        u = rounding.dither(key, exp_avg.numel() // codecs.BLOCK, codecs.BLOCK, exp_avg.device)
+        coded = (*codecs.encode_exp_avg(exp_avg, u), *codecs.encode_exp_avg_sq(root, exp_avg_sq, u))
+        targets = (o.exp_avgs, o.exp_avg_scales, o.exp_avg_sqs, o.exp_avg_sq_scales)
+        for target, value in zip(targets, coded, strict=True):
             target[i].copy_(value)
-        for target, value in zip(
-            (o.exp_avg_sqs, o.exp_avg_sq_scales), codecs.encode_exp_avg_sq(root, exp_avg_sq), strict=True
-        ):
-            target[i].copy_(value)
-    elif (
-        noise is not None and o.exp_avgs[i].dtype is torch.bfloat16
-    ):  # v at random: 0.999·v rounds to v for ever otherwise
+    elif noise is not None and o.exp_avgs[i].dtype is torch.bfloat16:
+        # v at random: 0.999·v would round to v for ever
         o.exp_avgs[i].copy_(exp_avg)
         o.exp_avg_sqs[i].copy_(rounding.round_stochastic(exp_avg_sq, noise >> 16))
     else:

@@ -47,11 +47,10 @@ def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | 
         else:
             after = decayed - move / denom
 
-        random = None
-        if needs_noise(o, options):
-            random = noise(noise_key(options.seed, numbers.keys[i], int(count)), param.shape, param.device)
+        key = noise_key(options.seed, numbers.keys[i], int(count))
+        random = noise(key, param.shape, param.device) if needs_noise(o, options) else None
         stored = store_param(o, i, after, random, options.master)
-        store_moments(o, i, exp_avg, exp_avg_sq, root, random)
+        store_moments(o, i, (exp_avg, exp_avg_sq, root), random, key)
         if o.path_integrals:
             o.path_integrals[i].sub_(g * (stored - before))
         if statistics is not None:
