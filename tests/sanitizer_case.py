@@ -14,6 +14,13 @@ def main() -> None:
                 param.grad = torch.randn_like(param)
             optimizer.step()
             optimizer.recorded_importance(relative=True)
+        few = {"importance_dtype": "int4", "anchor_dtype": "bf16", "state_dtype": "int8", "stats": True}
+        matrix = torch.nn.Parameter(torch.randn(65, 128, device="cuda").to(dtype))
+        matrix.grad = torch.randn_like(matrix)
+        master = "split" if dtype is torch.bfloat16 else "none"
+        AlrAdamW(
+            [matrix], [torch.ones_like(matrix, dtype=torch.float32)], master=master, max_grad_norm=1.0, **few
+        ).step()
         sgd = torch.optim.SGD(params, lr=0.1)
         recorder = ImportanceRecorder(sgd, ((f"w{i}", param) for i, param in enumerate(params)))
         sgd.step()

@@ -17,26 +17,150 @@ SIZES = (0, 1, 17, 1023, 1024, 1025, 65_537, 1_000_003)
 STATE = ("exp_avg", "exp_avg_sq", "path_integral")
 
 
-def _run(backend: str, mode: str, dtype: torch.dtype, steps: int, device: str = "cuda") -> list[torch.Tensor]:
+MATRICES = ((257, 128), (33, 384), (1024, 1024))  # whose rows can hold block codes
+FORMS = {
+    "fp32": {},
+    "bf16 importance, anchor and moments": {
+        "importance_dtype": "bf16", "anchor_dtype": "bf16", "state_dtype": "bf16",
+    },
+    "int8 importance": {"importance_dtype": "int8", "anchor_dtype": "bf16"},
+    "few bytes": {"importance_dtype": "int4", "anchor_dtype": "bf16", "state_dtype": "int8"},
+    "clipped": {"max_grad_norm": 0.5},
+}  # fmt: skip
+
+
+def _run(
+    backend: str, mode: str, dtype: torch.dtype, steps: int, device: str = "cuda", **options: object
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(2, n, generator=generator) for n in SIZES]
+    values = [torch.randn(2, *(n if isinstance(n, tuple) else (n,)), generator=generator) for n in (*SIZES, *MATRICES)]
     params = [torch.nn.Parameter(value[0].to(device, dtype)) for value in values]
     importance = [value[1].square().to(device) for value in values]
-    optimizer = AlrAdamW(params, importance, mode=mode, record=True, lr=1e-2, weight_decay=0.1, backend=backend)
+    optimizer = AlrAdamW(
+        params, importance, mode=mode, record=True, lr=1e-2, weight_decay=0.1, backend=backend, **options
+    )
     for step in range(steps):
         for param, value in zip(params, values, strict=True):
             param.grad = (value[1] * (step + 1)).to(device, dtype)
         optimizer.step()
-    return [tensor.cpu() for p in params for tensor in (p.detach(), *(optimizer.state[p][key] for key in STATE))]
+    return [t.cpu() for p in params for t in (p.detach(), *optimizer.state[p].values())]
 
 
+def _assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
+    for expected, got in zip(first, second, strict=True):
+        assert expected.dtype is got.dtype
+        assert torch.equal(expected, got), f"{int((expected != got).sum())} of {expected.numel()} elements differ"
+
+
+def _cpu(dtype: torch.dtype) -> str:
+    return "native" if not _ops.step_backends("cpu", dtype)["native"] else "reference"
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "clipped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mode", ["proximal", "coupled"])
-def test_triton_equals_the_cpu_kernel_bit_for_bit(mode: str, dtype: torch.dtype) -> None:
+def test_triton_equals_the_cpu_kernel_bit_for_bit(mode: str, dtype: torch.dtype, form: str) -> None:
     """IEEE division and square root, no contraction: the GPU gives the bits that the C++ step gives on the CPU."""
-    cpu = "native" if not _ops.step_backends("cpu", dtype)["native"] else "reference"
-    for expected, got in zip(_run(cpu, mode, dtype, 3, "cpu"), _run("triton", mode, dtype, 3), strict=True):
-        assert torch.equal(expected, got)
+    _assert_same(_run(_cpu(dtype), mode, dtype, 3, "cpu", **FORMS[form]), _run("triton", mode, dtype, 3, **FORMS[form]))
+
+
+@pytest.mark.parametrize("master", ["split", "stochastic"])
+def test_masters_equal_the_cpu_kernel_bit_for_bit(master: str) -> None:
+    options = FORMS["few bytes"] | {"master": master}
+    dtype = torch.bfloat16
+    _assert_same(
+        _run(_cpu(dtype), "proximal", dtype, 3, "cpu", **options), _run("triton", "proximal", dtype, 3, **options)
+    )
+
+
+def test_fast_stays_within_its_bound_of_precise() -> None:
+    precise = _run("triton", "proximal", torch.float32, 1)
+    fast = _run("triton", "proximal", torch.float32, 1, precise=False)
+    for expected, got in zip(precise, fast, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_graph_replay_equals_eager_bit_for_bit(form: str) -> None:
+    """Captured once, replayed with another gradient, learning rate and λ each time."""
+    results = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for shape in (*MATRICES, (1000,))]
+        lr, reg_lambda = torch.tensor(1e-2, device="cuda"), torch.tensor(1.0, device="cuda")
+        optimizer = AlrAdamW(
+            params, [p.detach().square() for p in params], lr=lr, reg_lambda=reg_lambda, record=True, capturable=True,
+            **FORMS[form],
+        )  # fmt: skip
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        graph = torch.cuda.CUDAGraph()
+
+        def feed(step: int, params=params, lr=lr, reg_lambda=reg_lambda) -> None:
+            generator = torch.Generator("cuda").manual_seed(step)
+            for param in params:
+                param.grad.copy_(torch.randn(param.shape, device="cuda", generator=generator))
+            lr.fill_(1e-2 / (step + 1))
+            reg_lambda.fill_(1.0 + step)
+
+        for step in range(2):
+            feed(step)
+            optimizer.step()
+        if captured:
+            with torch.cuda.graph(graph):
+                optimizer.step()
+        for step in range(2, 6):
+            feed(step)
+            graph.replay() if captured else optimizer.step()
+        assert optimizer.recorded_steps == 6
+        results.append([t.cpu() for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    _assert_same(*results)
+
+
+def test_many_tensors_take_one_launch_and_schedules_never_recompile() -> None:
+    params = [torch.nn.Parameter(torch.randn(16, 256, device="cuda")) for _ in range(448)]
+    optimizer = AlrAdamW(params, [torch.ones_like(p) for p in params])
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    builds = _builds()
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = 1e-3 / (step + 1)
+        optimizer.param_groups[0]["reg_lambda"] = 1.0 + step
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            optimizer.step()
+            torch.cuda.synchronize()
+        launches = [event for event in profile.events() if "step_kernel" in event.name]
+        assert len(launches) == 1
+    assert _builds() == builds
+
+
+def _builds() -> int:
+    from alr_kernels.step.triton_kernel import step_kernel
+
+    return sum(len(cache[0]) for cache in step_kernel.device_caches.values())
+
+
+def test_grad_scaler_skips_and_unscales_without_a_sync() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(1024, 128, device="cuda")
+    grads = [torch.randn_like(start) for _ in range(3)]
+    ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    scaled = AlrAdamW([ours], [start.square()], record=True, max_grad_norm=1.0)
+    unscaled = AlrAdamW([plain], [start.square()], record=True, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
+    scaler.scale(torch.zeros((), device="cuda"))
+    for step, grad in enumerate(grads):
+        ours.grad = grad * scaler.get_scale()
+        if step == 1:
+            ours.grad[3, 3] = torch.inf
+        else:
+            plain.grad = grad.clone()
+            unscaled.step()
+        scaler.step(scaled)
+        scaler.update()
+    assert scaled.recorded_steps == 2
+    _assert_same([plain.detach(), *unscaled.state[plain].values()], [ours.detach(), *scaled.state[ours].values()])
 
 
 def test_auto_serves_cuda_with_triton() -> None:
