@@ -49,6 +49,11 @@ def number(option: str, value: Any, *, low: float = 0.0, high: float = math.inf,
     return result
 
 
+def count(option: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{option}: expected an integer ≥ 1, got {value!r}")
+
+
 def storage_format(option: str, value: object, name: object, allowed: Sequence[str]) -> None:
     if name not in allowed:
         known = ", ".join(map(repr, allowed))
@@ -367,7 +372,7 @@ def state_dict(
             )
         for key, param in zip(saved_group["params"], group["params"], strict=True):
             kept = saved["state"].get(key, {})
-            if kept and "exp_avg" not in kept and not kept.keys() & {"anchor", "path_integral"}:
+            if kept and "exp_avg" not in kept and not kept.keys() & {"anchor", "path_integral", "remainder"}:
                 raise ValueError(
                     f"state_dict: expected AdamW's exp_avg and exp_avg_sq for parameter {key}, got "
                     f"{listed(map(str, kept))}; it was saved by another optimizer."

@@ -54,9 +54,11 @@ class Balance:
         normalizer = 1.0 if self._sums is None else (self.alpha * self._sums).sum()
         return (2.0 * self.alpha / normalizer).to(device)[self.index(names, device)]
 
-    def observe(self, names: Sequence[str], statistics: Tensor) -> None:
-        """Add one call's statistics [n, 6] to the window."""
+    def observe(self, names: Sequence[str], statistics: Tensor, found_inf: Tensor | None = None) -> None:
+        """Add one call's statistics [n, 6] to the window, unless its step was skipped: they are an earlier step's."""
         rows = self.index(names, statistics.device)
+        if found_inf is not None:
+            statistics = torch.where(found_inf == 0, statistics, 0.0)
         for row, column in enumerate((PULL, GRAD)):
             partial = torch.zeros(len(self.layers), dtype=torch.float64, device=statistics.device)
             self.window[row] += partial.index_add_(0, rows, statistics[:, column]).to(self.window.device)
@@ -76,10 +78,12 @@ class Balance:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"alpha": self.alpha.tolist(), "window": self.window.tolist(), "steps": self.steps}
+        tensors = {"alpha": self.alpha.tolist(), "window": self.window.tolist()}
+        return {"layers": list(self.layers), **tensors, "steps": self.steps}
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Take up where :meth:`state` was called."""
-        self.alpha = self.alpha.new_tensor(saved["alpha"])
-        self.window = self.window.new_tensor(saved["window"])
+        order = [saved["layers"].index(layer) for layer in self.layers]
+        self.alpha = self.alpha.new_tensor(saved["alpha"])[order]
+        self.window = self.window.new_tensor(saved["window"])[:, order]
         self.steps = int(saved["steps"])

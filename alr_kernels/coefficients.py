@@ -179,7 +179,7 @@ class DynamicCoeffs:
     max_change: float = 2.0
 
     def __post_init__(self) -> None:
-        _validate.number("every", self.every, low=1)
+        _validate.count("every", self.every)
         _validate.number("rate", self.rate, high=1.0 + 1e-12, open_low=True)
         _validate.number("max_change", self.max_change, low=1.0, open_low=True)
 

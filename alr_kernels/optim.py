@@ -140,7 +140,7 @@ class AlrAdamW(Readings):
         self._coeffs_choice: Any = coeffs
         self._version = 0  # of the coefficients
         self._gathers_stats = stats
-        self._calls = {}
+        self._calls, self._latest = {}, []
         values = (lr, betas, eps, weight_decay, reg_lambda, maximize)
         super().__init__(params, dict(zip(_state.OPTIONS, values, strict=True)))
         if master != "none":
@@ -208,6 +208,7 @@ class AlrAdamW(Readings):
         self._balance = None
         if isinstance(coeffs, DynamicCoeffs):
             self._balance = Balance(coeffs, chosen.coeffs, chosen.sums, chosen.numel, self.normalize)
+            self._bound = False  # calls must gather statistics from here on
         for _, slot, _ in self._members():
             slot.unit_scale = scales.get(slot.name, 0.0)
         self._version += 1
@@ -252,8 +253,8 @@ class AlrAdamW(Readings):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse = 1.0 if scale is None else scale.double().reciprocal()
         clip = 1.0 if self.max_grad_norm is None else self._clip(buckets, inverse)
-        for key, rows in buckets.items():
-            self._step_bucket(key, rows, (inverse, clip, 0.0 if found_inf is None else found_inf))
+        shared = (inverse, clip, 0.0 if found_inf is None else found_inf)
+        self._latest = [self._step_bucket(key, rows, shared) for key, rows in buckets.items()]
         if self._balance is not None and self._balance.advance():
             self._version += 1
         if self.record:
@@ -316,6 +317,7 @@ class AlrAdamW(Readings):
         balance = saved_groups[0].get("balance")
         if self._balance is not None:
             if balance is not None:
+                _validate.coefficient_mapping(coeffs, set(self._balance.layers))
                 self._balance.load(balance)
                 self._version += 1
         elif coeffs is not None and self._penalty is not None and coeffs != dict(self._penalty.coeffs):
@@ -341,7 +343,7 @@ class AlrAdamW(Readings):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._calls = {}
+        self._calls, self._latest = {}, []
 
     def __repr__(self) -> str:
         plain = "importance: none, every parameter takes the plain AdamW step"

@@ -72,7 +72,7 @@ class Readings(Stepping):
         Raises:
             RuntimeError: not constructed with ``stats=True``, or no step yet.
         """
-        calls = [call for call in self._calls.values() if call.statistics is not None]
+        calls = [call for call in self._latest if call.statistics is not None]
         if not calls:
             _validate.stats_off()
         by = self._penalty.coeffs.by if self._penalty else "block"

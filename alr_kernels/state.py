@@ -46,7 +46,8 @@ class Slot:
     unit_scale: float = 0.0  # curvature_scale at reg_lambda = 1: 2·α / normaliser
     largest: float = 0.0  # max Ω
     dtype: torch.dtype | None = None  # of the parameter when it was bound
-    form: tuple[Any, ...] = ()  # what decides which call of the step serves it
+    form: tuple[Any, ...] = ()  # how everything of it is kept, and
+    place: int = 0  # the number of that combination: parameters of one place can share a call of the step
 
 
 class Summary(dict[str, TensorStats]):

@@ -40,6 +40,8 @@ class Stepping(Optimizer):
     _recorded_steps: int
     _device_steps: Tensor | None
     _calls: dict[Any, Call]
+    _latest: list[Call]
+    _curvature_checked: dict[int, Any]  # group → (λ, version) for which every curvature was checked
 
     def _members(self) -> list[tuple[dict[str, Any], _state.Slot, Tensor]]:
         """Return (group, slot, parameter) for every parameter, as it is now."""
@@ -66,9 +68,13 @@ class Stepping(Optimizer):
             _state.bind(slot, param, self.state[param] if needed else {}, self._storage, anchor, record)
         if self._balance is not None:
             self._balance.to(next(param.device for _, slot, param in members if slot.importance is not None))
+        places: dict[Any, int] = {}
+        for _, slot, _ in members:
+            slot.place = places.setdefault((slot.dtype, slot.form), len(places))
         self._anchor = None
         self._bound = True
         self._calls.clear()
+        self._curvature_checked = {}
 
     def _buckets(self) -> dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]:
         """Group what has a gradient by group, device and every format, checking every gradient first."""
@@ -77,34 +83,44 @@ class Stepping(Optimizer):
             strength = group["reg_lambda"]
             known = not isinstance(strength, Tensor) or strength.device.type == "cpu"
             reg_lambda = float(strength) if known else 1.0  # a device's λ is not read: 0 gives AdamW's bits anyway
+            penalising = reg_lambda > 0
+            checked = self._curvature_checked.get(group_index) == (reg_lambda, self._version)
             for slot, param in zip(slots, group["params"], strict=True):
                 grad = param.grad
                 if grad is None:
                     continue
-                _validate.gradient(slot.name, param, grad)
+                if grad.layout is not torch.strided or grad.shape != param.shape:
+                    _validate.gradient(slot.name, param, grad)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
-                penalised = reg_lambda > 0 and slot.unit_scale > 0
-                if penalised:
+                penalised = penalising and slot.unit_scale > 0
+                if penalised and not checked:
                     _validate.curvature(slot.name, reg_lambda * slot.unit_scale, slot.largest)
-                key = (group_index, param.device, param.dtype, grad.dtype, penalised, slot.form)
-                buckets.setdefault(key, []).append((slot, param))
+                key = (group_index, param.device, slot.place, grad.dtype, penalised)
+                row = buckets.get(key)
+                if row is None:
+                    row = buckets[key] = []
+                row.append((slot, param))
+            whole = all(param.grad is not None for param in group["params"])
+            self._curvature_checked[group_index] = (reg_lambda, self._version) if checked or whole else None
         return buckets
 
     def _clip(self, buckets: Mapping[Any, list[tuple[_state.Slot, Tensor]]], inverse: float | Tensor) -> Tensor:
         """Return min(1, max_grad_norm / ‖g‖), as torch's clip_grad_norm_ computes it; one read of the gradients."""
-        norms: list[Tensor] = []
+        norms: dict[int, Tensor] = {}
         for rows in buckets.values():
             grads = [param.grad for _, param in rows]
-            norms += torch._foreach_norm(grads, 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
-        home = norms[0].device
-        total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in norms]))
+            found = torch._foreach_norm(grads, 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+            norms |= zip((slot.index for slot, _ in rows), found, strict=True)
+        ordered = [norms[index] for index in sorted(norms)]  # the sum of squares depends on the order
+        home = ordered[0].device
+        total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in ordered]))
         self.grad_norm = total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)
         return (self.max_grad_norm / (self.grad_norm.float() + 1e-6)).clamp(max=1.0)
 
     def _step_bucket(
         self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any]
-    ) -> None:
+    ) -> Call:
         group, device, penalised = self.param_groups[key[0]], key[1], key[4]
         states = [self.state[param] for _, param in rows]
         for (slot, param), state in zip(rows, states, strict=True):
@@ -125,17 +141,16 @@ class Stepping(Optimizer):
         call.set_hyper(
             (group["lr"], *group["betas"], group["eps"], group["weight_decay"], group["reg_lambda"], *shared)
         )
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1.0)
-        skips = isinstance(shared[2], Tensor)
-        if skips and call.statistics is not None:
-            call.statistics.zero_()
+        call.adopt_steps(states)
+        call.steps += 1.0
         options = Options(self.mode, bool(group["maximize"]), self.precise, self._storage.master, self._seed)
         call.run(rows, states, options, penalised=penalised, record=self.record, backend=self.backend)
-        if skips:
-            torch._foreach_sub_(steps, [shared[2].to(device).reshape(())] * len(steps))
+        found_inf = shared[2].to(device).reshape(()) if isinstance(shared[2], Tensor) else None
+        if found_inf is not None:
+            call.steps -= found_inf
         if penalised and self._balance is not None:
-            self._balance.observe(call.names, call.statistics)
+            self._balance.observe(call.names, call.statistics, found_inf)
+        return call
 
     def _count_recorded(self, found_inf: Tensor | None) -> None:
         if found_inf is None and not self.capturable:

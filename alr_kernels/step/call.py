@@ -7,6 +7,7 @@ they were.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,17 @@ class Call:
         self.version = -1  # of the coefficients in unit_scales
         shape = (len(slots), len(STATISTICS))
         self.statistics = torch.zeros(shape, dtype=torch.float64, device=device) if stats else None
+        self.steps = torch.zeros(len(slots), dtype=torch.float32, device=device)
+        self._views = list(self.steps.unbind())
         self._host: tuple[float, ...] = ()
+
+    def adopt_steps(self, states: Sequence[dict[str, Any]]) -> None:
+        """Make every state's step count a view of one tensor, so that counting is one operation, not one a tensor."""
+        present = [state["step"] for state in states]
+        if not all(map(is_, present, self._views)):
+            self.steps.copy_(torch.stack([step.to(self.steps.device) for step in present]))
+            for state, view in zip(states, self._views, strict=True):
+                state["step"] = view
 
     def set_hyper(self, values: Sequence[Any]) -> None:
         """Bring hyper up to date; tensors on the device are copied there, everything else only when it changed."""
