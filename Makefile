@@ -51,8 +51,8 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 	$(PY) -m pytest $(TESTS) alr_kernels bench
 
 .PHONY: bench
-bench: setup ## benchmarks on this machine, JSON into bench/results/local.json
-	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json
+bench: setup ## benchmarks on this machine, JSON into bench/results/local.json (rivals: pip install -e ".[bench]")
+	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json -s
 
 # Offline and without pip: the system's own Python with torch, Triton, pybind11, ninja, pytest and nvcc.
 .PHONY: gpu
@@ -70,7 +70,7 @@ gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchma
 	      > $(RESULTS)/$$tool.txt 2>&1 || { status=1; tail -n 20 $(RESULTS)/$$tool.txt; }; \
 	  else echo "compute-sanitizer is not installed: $$tool skipped"; fi; \
 	done; \
-	$(PYTHON) -m pytest bench -m gpu --benchmark-enable --benchmark-only \
+	timeout --signal=INT 330 $(PYTHON) -m pytest bench -m gpu --benchmark-enable --benchmark-only \
 	  --benchmark-json=$(RESULTS)/bench.json -s || status=1; \
 	exit $$status
 

@@ -32,9 +32,11 @@ CXX_FLAGS += ["-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "2"]
 
 # Each instruction set gets its own copy of the loops; csrc/cpu.cpp chooses when it runs.
-CAPABILITIES = {"default": [], "avx2": ["-mavx2"]}
+CAPABILITIES = {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-CAPABILITY_SOURCES = ["step_cpu.cpp", "importance_cpu.cpp"]
+CAPABILITY_SOURCES = ["codec_cpu.cpp", "importance_cpu.cpp"]
+STEP_SOURCE = "step_cpu.cpp"  # once more with contraction into fused multiply-adds, for precise=False
+STEP_VARIANTS = {"precise": ["-DALR_PRECISE=1"], "fast": ["-DALR_PRECISE=0", "-ffp-contract=fast"]}
 CUDA_SOURCES = ["importance_cuda.cu"]
 CUDA_ARCHITECTURES = ["75", "80", "90", "100", "120"]  # cubins; PTX of the newest for what comes after
 
@@ -258,6 +260,8 @@ class NinjaBuildExt(build_ext):
                 for stem in CAPABILITY_SOURCES:
                     own = [*flags, *instructions, f"-DALR_CPU_NAMESPACE=cpu_{name}"]
                     file.add("cxx", f"{stem}.{name}.o", [source / stem], own)
+                for variant, extra in STEP_VARIANTS.items():
+                    file.add("cxx", f"{STEP_SOURCE}.{name}.{variant}.o", [source / STEP_SOURCE], [*own, *extra])
         file.add("cxx", "cpu.cpp.o", [source / "cpu.cpp"], flags)
         includes = [
             f"-I{build / 'include'}",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _validate
+from .codecs import native as codecs_native
 from .codecs import reference as codecs_reference
 from .importance import native as importance_native
 from .importance import reference as importance_reference
@@ -156,6 +157,8 @@ def _step_flat(*args: Any, backend: str = "auto") -> None:
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (codes, scales) of Ω, contiguous float32; see ``codecs/reference.py``."""
+    if importance.device.type == "cpu" and codecs_native.available()[0]:
+        return codecs_native.encode_importance(importance, bits)
     return codecs_reference.encode_importance(importance, bits)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
+from .codecs.reference import BLOCK
 from .names import unwrap
 
 if TYPE_CHECKING:
@@ -383,12 +384,13 @@ def state_dict(
                     f"this optimizer has {master!r}; construct it with master='split'."
                 )
             for field, value in saved["state"].get(key, {}).items():
-                scales = field.endswith("_scale")
-                shaped = value.shape[:-1] != param.shape[:-1] if scales else getattr(value, "shape", 0) != param.shape
-                if field != "step" and isinstance(value, Tensor) and shaped:
+                shape = tuple(param.shape)
+                if field.endswith("_scale") and shape:
+                    shape = (*shape[:-1], shape[-1] // BLOCK)
+                if field != "step" and isinstance(value, Tensor) and tuple(value.shape) != shape:
                     raise ValueError(
                         f"state_dict: {field} of parameter {key} has shape {tuple(value.shape)}, "
-                        f"expected {tuple(param.shape)}; it belongs to another model or order of parameters."
+                        f"expected {shape}; it belongs to another model or order of parameters."
                     )
     saved_print = saved_groups[0].get("importance_fingerprint") if saved_groups else None
     if saved_print is not None and saved_print != fingerprint:

@@ -140,7 +140,7 @@ class AlrAdamW(Readings):
         self._coeffs_choice: Any = coeffs
         self._version = 0  # of the coefficients
         self._gathers_stats = stats
-        self._calls, self._latest = {}, []
+        self._calls, self._latest, self._curvature_checked = {}, [], {}
         values = (lr, betas, eps, weight_decay, reg_lambda, maximize)
         super().__init__(params, dict(zip(_state.OPTIONS, values, strict=True)))
         if master != "none":
@@ -343,7 +343,7 @@ class AlrAdamW(Readings):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._calls, self._latest = {}, []
+        self._calls, self._latest, self._curvature_checked = {}, [], {}
 
     def __repr__(self) -> str:
         plain = "importance: none, every parameter takes the plain AdamW step"

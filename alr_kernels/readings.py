@@ -39,7 +39,9 @@ class Readings(Stepping):
             unit = slot.unit_scale
             if self._balance is not None:
                 unit = self._balance.unit_scales([slot.name], param.device)[0]
-            value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), group["reg_lambda"] * unit)
+            strength = group["reg_lambda"]
+            scale = (strength.double() if isinstance(strength, torch.Tensor) else strength) * unit
+            value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), scale)
             layer = layer_of(slot.name, by)
             result[layer] = result[layer] + value.to(result[layer].device) if layer in result else value
         return result

@@ -2,6 +2,7 @@
 // Arithmetic is float32 everywhere; a storage type is only loaded from and stored to.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -23,39 +24,95 @@ constexpr int kDTypes = 3;
 enum class BFloat16 : uint16_t {};
 enum class Float16 : uint16_t {};
 
-ALR_HOST_DEVICE uint32_t float_bits(float x) {
-  uint32_t bits;
+// What a float, or (in simd.h) a vector of floats, brings along: formulas are templates over F and
+// mean the same for both. `condition ? a : b` selects lane by lane.
+template <typename F>
+struct Number;
+
+template <>
+struct Number<float> {
+  using Int = int32_t;
+  using Bits = uint32_t;
+  ALR_HOST_DEVICE static float of(int32_t x) { return float(x); }
+  // Towards zero. NaN gives a number whose low byte is 0: 0x80000000 on x86, 0 elsewhere.
+  ALR_HOST_DEVICE static int32_t whole(float x) { return int32_t(x); }
+  ALR_HOST_DEVICE static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+  ALR_HOST_DEVICE static float square_root(float x) { return sqrtf(x); }
+};
+
+template <typename F>
+using Int = typename Number<F>::Int;
+template <typename F>
+using Bits = typename Number<F>::Bits;
+
+template <typename F>
+ALR_HOST_DEVICE Bits<F> float_bits(F x) {
+  Bits<F> bits;
   memcpy(&bits, &x, sizeof(bits));
   return bits;
 }
 
-ALR_HOST_DEVICE float bits_float(uint32_t bits) {
-  float x;
+template <typename F = float>
+ALR_HOST_DEVICE F bits_float(Bits<F> bits) {
+  F x;
   memcpy(&x, &bits, sizeof(x));
   return x;
 }
 
-ALR_HOST_DEVICE float load(float x) { return x; }
-
-ALR_HOST_DEVICE float load(BFloat16 x) { return bits_float(uint32_t(x) << 16); }
+template <typename F>
+ALR_HOST_DEVICE F from_bfloat16(Bits<F> x) {
+  return bits_float<F>(x << 16);
+}
 
 // Integer code without branches: it vectorises for any instruction set, and flush-to-zero modes
 // cannot reach it, because no float32 in it is subnormal.
+template <typename F>
+ALR_HOST_DEVICE F from_float16(Bits<F> x) {
+  const Bits<F> sign = (x & 0x8000u) << 16;
+  const Int<F> magnitude = Int<F>(x & 0x7fffu);
+  const Bits<F> normal = (Bits<F>(magnitude) << 13) + (112u << 23);  // exponent bias 15 -> 127
+  const Bits<F> special = normal + (112u << 23);                     // exponent 31 -> 255
+  const Bits<F> subnormal = float_bits(Number<F>::of(magnitude) * 0x1p-24f);
+  const Bits<F> finite = magnitude < 0x400 ? subnormal : normal;
+  return bits_float<F>((magnitude < 0x7c00 ? finite : special) | sign);
+}
+
+// To 16 bits, to nearest, ties to even; NaN stays NaN and keeps its sign.
+template <typename F>
+ALR_HOST_DEVICE Bits<F> to_bfloat16(F x) {
+  const Bits<F> bits = float_bits(x);
+  const Bits<F> rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits<F> quiet_nan = (bits >> 16) | 0x40u;
+  return Int<F>(bits & 0x7fffffffu) > 0x7f800000 ? quiet_nan : rounded;
+}
+
+template <typename F>
+ALR_HOST_DEVICE Bits<F> to_float16(F x) {
+  const Bits<F> bits = float_bits(x);
+  const Bits<F> sign = (bits >> 16) & 0x8000u;
+  const Int<F> magnitude = Int<F>(bits & 0x7fffffffu);
+  const Bits<F> odd = (bits >> 13) & 1u;
+  const Bits<F> normal = (Bits<F>(magnitude) - (112u << 23) + 0xfffu + odd) >> 13;
+  // Below 2^-14: adding 0.5 leaves the multiple of 2^-24, rounded, in the low mantissa bits.
+  const Bits<F> subnormal = float_bits(bits_float<F>(Bits<F>(magnitude)) + 0.5f) - 0x3f000000u;
+  const Bits<F> finite = magnitude < 0x38800000 ? subnormal : normal;
+  const Bits<F> infinite = Bits<F>{} + 0x7c00u;
+  const Bits<F> special = magnitude > 0x7f800000 ? infinite + 0x200u : infinite;
+  return (magnitude < 0x477ff000 ? finite : special) | sign;  // 65520 rounds to inf
+}
+
+ALR_HOST_DEVICE float load(float x) { return x; }
+
+ALR_HOST_DEVICE float load(BFloat16 x) { return from_bfloat16<float>(uint32_t(x)); }
+
 ALR_HOST_DEVICE float load(Float16 x) {
 #if defined(__CUDA_ARCH__)
   return __half2float(__ushort_as_half(uint16_t(x)));
 #else
-  const uint32_t sign = (uint32_t(x) & 0x8000u) << 16;
-  const int32_t magnitude = int32_t(x) & 0x7fff;
-  const uint32_t normal = (uint32_t(magnitude) << 13) + (112u << 23);  // exponent bias 15 -> 127
-  const uint32_t special = normal + (112u << 23);                      // exponent 31 -> 255
-  const uint32_t subnormal = float_bits(float(magnitude) * 0x1p-24f);
-  const uint32_t finite = magnitude < 0x400 ? subnormal : normal;
-  return bits_float((magnitude < 0x7c00 ? finite : special) | sign);
+  return from_float16<float>(uint32_t(x));
 #endif
 }
 
-// store<T>(x) rounds to nearest, ties to even; NaN stays NaN and keeps its sign.
 template <typename T>
 struct Store;
 
@@ -66,13 +123,7 @@ struct Store<float> {
 
 template <>
 struct Store<BFloat16> {
-  ALR_HOST_DEVICE static BFloat16 from(float x) {
-    const uint32_t bits = float_bits(x);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-    const bool is_nan = int32_t(bits & 0x7fffffffu) > 0x7f800000;
-    return BFloat16(uint16_t(is_nan ? quiet_nan : rounded));
-  }
+  ALR_HOST_DEVICE static BFloat16 from(float x) { return BFloat16(uint16_t(to_bfloat16(x))); }
 };
 
 template <>
@@ -81,16 +132,7 @@ struct Store<Float16> {
 #if defined(__CUDA_ARCH__)
     return Float16(__half_as_ushort(__float2half_rn(x)));
 #else
-    const uint32_t bits = float_bits(x);
-    const uint32_t sign = (bits >> 16) & 0x8000u;
-    const int32_t magnitude = int32_t(bits & 0x7fffffffu);
-    const uint32_t odd = (uint32_t(magnitude) >> 13) & 1u;
-    const uint32_t normal = (uint32_t(magnitude) - (112u << 23) + 0xfffu + odd) >> 13;
-    // Below 2^-14: adding 0.5 leaves the multiple of 2^-24, rounded, in the low mantissa bits.
-    const uint32_t subnormal = float_bits(bits_float(uint32_t(magnitude)) + 0.5f) - 0x3f000000u;
-    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
-    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00u : 0x7c00u;
-    return Float16(uint16_t((magnitude < 0x477ff000 ? finite : special) | sign));  // 65520 rounds to inf
+    return Float16(uint16_t(to_float16(x)));
 #endif
   }
 };

@@ -25,7 +25,9 @@ constexpr int kCapabilityCount = sizeof(kCapabilities) / sizeof(kCapabilities[0]
 
 bool detected(int index) {
 #if defined(ALR_CPU_X86)
-  if (index == 1) return __builtin_cpu_supports("avx2");
+  if (index == 1) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
   if (index == 2) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && detected(1);
@@ -117,14 +119,22 @@ void set_cpu_capability(const std::string& name) {
   throw std::invalid_argument("cpu capability: expected one of " + known + " (what this CPU runs), got '" + name + "'");
 }
 
-void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScalars>& scalars,
-              const StepOptions& options, int num_threads) {
+void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScalars<float>>& scalars,
+              const StepOptions& options, double* statistics, int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
   const std::vector<Chunk> chunks = chunks_of(tensors);
+  // Each chunk has its own sums, added up in order: the same whatever the number of threads.
+  std::vector<double> partials(statistics ? chunks.size() * kStepStatistics : 0, 0.0);
   for_chunks(chunks, num_threads, [&](size_t i) {
     const StepTensor& t = tensors[chunks[i].tensor];
-    kernels.step(t, scalars[size_t(t.scalars)], options, chunks[i].begin, chunks[i].end);
+    double* sums = statistics ? &partials[i * kStepStatistics] : nullptr;
+    kernels.step[options.precise](t, scalars[size_t(t.scalars)], options, chunks[i].begin, chunks[i].end, sums);
   });
+  if (!statistics) return;
+  std::fill(statistics, statistics + tensors.size() * kStepStatistics, 0.0);
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    add_statistics(statistics + chunks[i].tensor * kStepStatistics, &partials[i * kStepStatistics]);
+  }
 }
 
 void accumulate_cpu(const std::vector<AccumulateTensor>& tensors, float grad_sign, int num_threads) {
@@ -155,6 +165,20 @@ void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool re
   });
   for (size_t i = 0; i < chunks.size(); ++i) add_sums(sums[chunks[i].tensor], partials[i]);
   for (size_t i = 0; i < tensors.size(); ++i) write_statistics(statistics + i * kStatistics, sums[i], tensors[i].numel);
+}
+
+void encode_importance_cpu(const CodecTensor& tensor, int num_threads) {
+  const CpuKernels& kernels = cpu_kernels();
+  const std::vector<Chunk> chunks = chunks_of(std::vector<CodecTensor>{tensor});
+  for_chunks(chunks, num_threads,
+             [&](size_t i) { kernels.encode_importance(tensor, chunks[i].begin, chunks[i].end); });
+}
+
+void decode_importance_cpu(const CodecTensor& tensor, int num_threads) {
+  const CpuKernels& kernels = cpu_kernels();
+  const std::vector<Chunk> chunks = chunks_of(std::vector<CodecTensor>{tensor});
+  for_chunks(chunks, num_threads,
+             [&](size_t i) { kernels.decode_importance(tensor, chunks[i].begin, chunks[i].end); });
 }
 
 }  // namespace alr

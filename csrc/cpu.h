@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "codec_math.h"
 #include "importance_math.h"
 #include "step_math.h"
 
@@ -16,26 +17,42 @@ constexpr int kMaxThreads = 1024;
 // enough to balance a few threads over one tensor. Also the grain of finalise()'s partial sums.
 constexpr int64_t kCpuChunk = 32768;
 
+// How an operand is kept: DType, and
+enum Format : int { kSplit = 3, kStochastic = 4, kCodes8 = 5, kCodes4 = 6 };
+
+constexpr bool has_scales(int format) { return format == kCodes8 || format == kCodes4; }
+
+// One format a role, for all tensors of a call.
+struct StepFormats {
+  int param;       // DType, kSplit (bf16 and int16 remainder) or kStochastic (bf16, rounded at random)
+  int grad;        // DType
+  int moments;     // kFloat32, kBFloat16 or kCodes8
+  int importance;  // DType, kCodes8 or kCodes4
+  int anchor;      // DType
+};
+
 struct StepTensor {
-  void* param;              // [numel] param dtype, mutated
-  const void* grad;         // [numel] grad dtype
-  float* exp_avg;           // [numel], mutated
-  float* exp_avg_sq;        // [numel], mutated
-  const float* importance;  // [numel], or null without penalty
-  const void* anchor;       // [numel] param dtype, or null without penalty
-  float* path_integral;     // [numel], mutated, or null without recording
-  int64_t numel;
+  void* param;                       // [numel], mutated
+  int16_t* remainder;                // [numel], mutated, or null unless the param is split
+  const void* grad;                  // [numel]
+  void* exp_avg;                     // [numel], mutated
+  void* exp_avg_sq;                  // [numel], mutated
+  float* exp_avg_scales;             // [numel / kBlock], mutated, or null unless moments are codes
+  float* exp_avg_sq_scales;          // [numel / kBlock], mutated, or null unless moments are codes
+  const void* importance;            // [numel], or null without penalty
+  const uint16_t* importance_scales; // [numel / kBlock] bf16, or null unless importance is codes
+  const void* anchor;                // [numel], or null without penalty
+  float* path_integral;              // [numel], mutated, or null without recording
+  int64_t numel;                     // a multiple of kBlock where anything is codes
   float curvature_scale;
-  int scalars;              // index into the table of StepScalars
-  int param_dtype;
-  int grad_dtype;
+  uint32_t key;                      // of the random generator, in this step
+  int scalars;                       // index into the table of StepScalars
 };
 
 struct StepOptions {
-  bool has_penalty;
-  bool record;
-  int mode;         // Mode
-  float grad_sign;  // -1 to maximise: g * grad_sign is exact
+  StepFormats formats;
+  int mode;  // Mode
+  bool precise;
 };
 
 struct AccumulateTensor {
@@ -57,26 +74,45 @@ struct FinaliseTensor {
   int param_dtype;
 };
 
+struct CodecTensor {
+  void* importance;  // [numel] float32, or bf16 to encode; written by decode
+  uint8_t* codes;    // [numel], or [numel / 2] of 4 bits; written by encode
+  uint16_t* scales;  // [numel / kBlock] bf16, written by encode
+  int64_t numel;     // a multiple of kBlock
+  int dtype;         // of importance
+  int bits;          // 8 or 4
+};
+
 // The same loops, compiled once per instruction set; each works on elements [begin, end).
 struct CpuKernels {
-  void (*step)(const StepTensor&, const StepScalars&, const StepOptions&, int64_t begin, int64_t end);
+  // [0] fast, [1] precise; sums: [kStepStatistics], added to, or null.
+  void (*step[2])(const StepTensor&, const StepScalars<float>&, const StepOptions&, int64_t begin, int64_t end,
+                  double* sums);
   void (*accumulate)(const AccumulateTensor&, float grad_sign, int64_t begin, int64_t end);
   double (*move_sq_sum)(const FinaliseTensor&, int64_t begin, int64_t end);
   Sums (*finalise)(const FinaliseTensor&, float floor, int64_t begin, int64_t end);
   void (*to_float)(const void* from, int dtype, float* to, int64_t numel);
   void (*from_float)(const float* from, void* to, int dtype, int64_t numel);
+  void (*encode_importance)(const CodecTensor&, int64_t begin, int64_t end);
+  void (*decode_importance)(const CodecTensor&, int64_t begin, int64_t end);
 };
 
-#define ALR_DECLARE_CPU_KERNELS(NAMESPACE)                                                         \
-  namespace NAMESPACE {                                                                            \
-  void step_range(const StepTensor&, const StepScalars&, const StepOptions&, int64_t, int64_t);    \
-  void accumulate_range(const AccumulateTensor&, float, int64_t, int64_t);                         \
-  double move_sq_sum_range(const FinaliseTensor&, int64_t, int64_t);                               \
-  Sums finalise_range(const FinaliseTensor&, float, int64_t, int64_t);                             \
-  void to_float_range(const void*, int, float*, int64_t);                                          \
-  void from_float_range(const float*, void*, int, int64_t);                                        \
-  constexpr CpuKernels kKernels{step_range,     accumulate_range, move_sq_sum_range,               \
-                                finalise_range, to_float_range,   from_float_range};               \
+#define ALR_DECLARE_CPU_KERNELS(NAMESPACE)                                                          \
+  namespace NAMESPACE {                                                                             \
+  void step_range_fast(const StepTensor&, const StepScalars<float>&, const StepOptions&, int64_t,   \
+                       int64_t, double*);                                                           \
+  void step_range_precise(const StepTensor&, const StepScalars<float>&, const StepOptions&,         \
+                          int64_t, int64_t, double*);                                               \
+  void accumulate_range(const AccumulateTensor&, float, int64_t, int64_t);                          \
+  double move_sq_sum_range(const FinaliseTensor&, int64_t, int64_t);                                \
+  Sums finalise_range(const FinaliseTensor&, float, int64_t, int64_t);                              \
+  void to_float_range(const void*, int, float*, int64_t);                                           \
+  void from_float_range(const float*, void*, int, int64_t);                                         \
+  void encode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
+  void decode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
+  constexpr CpuKernels kKernels{{step_range_fast, step_range_precise}, accumulate_range,        move_sq_sum_range,       \
+                                finalise_range,   to_float_range,          from_float_range,        \
+                                encode_importance_range, decode_importance_range};                  \
   }
 
 ALR_DECLARE_CPU_KERNELS(cpu_default)
@@ -87,11 +123,15 @@ ALR_DECLARE_CPU_KERNELS(cpu_avx512)
 
 // Drivers: one parallel region over the chunks of the whole list. Results depend neither on
 // num_threads nor on the capability.
-void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScalars>& scalars,
-              const StepOptions& options, int num_threads);
+// `statistics`: [tensors, kStepStatistics], overwritten, or null.
+void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScalars<float>>& scalars,
+              const StepOptions& options, double* statistics, int num_threads);
 void accumulate_cpu(const std::vector<AccumulateTensor>& tensors, float grad_sign, int num_threads);
 void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool relative, double* statistics,
                   int num_threads);
+
+void encode_importance_cpu(const CodecTensor& tensor, int num_threads);
+void decode_importance_cpu(const CodecTensor& tensor, int num_threads);
 
 const CpuKernels& cpu_kernels();
 std::string cpu_capability();

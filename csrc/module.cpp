@@ -37,6 +37,8 @@ class Pointers {
     }
   }
 
+  size_t size() const { return values_.size(); }
+
   template <typename T>
   T* at(size_t i, int64_t numel) const {
     if (values_[i] == nullptr && numel > 0) {
@@ -80,62 +82,135 @@ void check_threads(const char* op, int num_threads) {
   }
 }
 
-using ScalarRow = std::array<double, 8>;
-
-StepScalars to_scalars(const ScalarRow& row) {
-  return StepScalars{float(row[0]), float(row[1]), float(row[2]), float(row[3]),
-                     float(row[4]), float(row[5]), float(row[6]), float(row[7])};
+template <typename T>
+T* address(const char* op, const char* name, uintptr_t value, bool needed) {
+  if (value == 0 && needed) throw std::invalid_argument(std::string(op) + ": expected " + name + " to be an address, got 0");
+  return reinterpret_cast<T*>(value);
 }
 
-void step_(const py::list& params, const py::list& grads, const py::list& exp_avgs, const py::list& exp_avg_sqs,
-           const py::list& importances, const py::list& anchors, const py::list& path_integrals,
-           const std::vector<int64_t>& numels, const std::vector<int>& param_dtypes,
-           const std::vector<int>& grad_dtypes, const std::vector<double>& curvature_scales,
-           const std::vector<ScalarRow>& scalars, const std::vector<int>& scalar_indices, int mode, bool maximize,
-           int num_threads) {
+void check_blocks(const char* op, const std::vector<int64_t>& numels) {
+  for (int64_t numel : numels) {
+    if (numel % kBlock) {
+      throw std::invalid_argument(std::string(op) + ": expected multiples of " + std::to_string(kBlock) +
+                                  " elements for codes, got " + std::to_string(numel));
+    }
+  }
+}
+
+// plan.StepScalars, then the gradient's scale and its clip.
+using ScalarRow = std::array<double, 10>;
+
+StepScalars<float> to_scalars(const ScalarRow& row) {
+  return {float(row[0]), float(row[1]), float(row[2]), float(row[3]), float(row[4]), float(row[5]),
+          float(row[6]), float(row[7]), float(row[8]), float(row[9]), 0.0f};
+}
+
+StepOptions step_options(const std::array<int, 5>& formats, int mode, bool precise) {
+  const char* op = "step_";
+  const StepFormats f{formats[0], formats[1], formats[2], formats[3], formats[4]};
+  check_codes(op, "the format of params", {f.param}, kStochastic + 1);
+  check_codes(op, "the format of grads", {f.grad}, kDTypes);
+  check_codes(op, "the format of moments", {f.moments == kCodes8 ? 0 : f.moments}, kBFloat16 + 1);
+  check_codes(op, "the format of importances", {has_scales(f.importance) ? 0 : f.importance}, kDTypes);
+  check_codes(op, "the format of anchors", {f.anchor}, kDTypes);
+  check_codes(op, "mode", {mode}, kPlain + 1);
+  return StepOptions{f, mode, precise};
+}
+
+// In the order of plan.Operands.
+enum Role { kParam, kGrad, kExpAvg, kExpAvgSq, kImportance, kAnchor, kPathIntegral, kRemainder, kExpAvgScale,
+            kExpAvgSqScale, kImportanceScale, kRoles };
+constexpr const char* kRoleNames[kRoles] = {
+    "params",     "grads",          "exp_avgs",          "exp_avg_sqs",      "importances", "anchors", "path_integrals",
+    "remainders", "exp_avg_scales", "exp_avg_sq_scales", "importance_scales"};
+
+// One list a role, with an entry per tensor, or empty where the options do not use the role.
+std::vector<Pointers> step_roles(const py::list& operands, const StepOptions& o, size_t n) {
+  check_size("step_", "operands", kRoles, operands.size());
+  const bool penalty = o.mode != kPlain, codes = o.formats.moments == kCodes8;
+  const bool record = py::cast<py::list>(operands[kPathIntegral]).size() > 0;
+  const bool used[kRoles] = {true,    true,   true,   true,  penalty,
+                             penalty, record, o.formats.param == kSplit, codes, codes,
+                             penalty && has_scales(o.formats.importance)};
+  std::vector<Pointers> roles;
+  for (int r = 0; r < kRoles; ++r) {
+    roles.emplace_back("step_", kRoleNames[r], py::cast<py::list>(operands[size_t(r)]), used[r] ? n : 0);
+  }
+  return roles;
+}
+
+StepTensor step_tensor(const std::vector<Pointers>& roles, size_t i, int64_t numel) {
+  const auto at = [&](Role role) { return roles[role].size() ? roles[role].at<void>(i, numel) : nullptr; };
+  StepTensor t{};
+  t.param = at(kParam);
+  t.remainder = static_cast<int16_t*>(at(kRemainder));
+  t.grad = at(kGrad);
+  t.exp_avg = at(kExpAvg);
+  t.exp_avg_sq = at(kExpAvgSq);
+  t.exp_avg_scales = static_cast<float*>(at(kExpAvgScale));
+  t.exp_avg_sq_scales = static_cast<float*>(at(kExpAvgSqScale));
+  t.importance = at(kImportance);
+  t.importance_scales = static_cast<const uint16_t*>(at(kImportanceScale));
+  t.anchor = at(kAnchor);
+  t.path_integral = static_cast<float*>(at(kPathIntegral));
+  t.numel = numel;
+  return t;
+}
+
+void step_(const py::list& operands, const std::vector<int64_t>& numels, const std::array<int, 5>& formats,
+           const std::vector<double>& curvature_scales, const std::vector<uint32_t>& keys,
+           const std::vector<ScalarRow>& scalars, const std::vector<int>& scalar_indices, int mode, bool precise,
+           uintptr_t statistics, int num_threads) {
   const char* op = "step_";
   const size_t n = numels.size();
-  const StepOptions options{importances.size() > 0, path_integrals.size() > 0, mode, maximize ? -1.0f : 1.0f};
-  const size_t penalised = options.has_penalty ? n : 0;
-  const Pointers param(op, "params", params, n), grad(op, "grads", grads, n), exp_avg(op, "exp_avgs", exp_avgs, n),
-      exp_avg_sq(op, "exp_avg_sqs", exp_avg_sqs, n), importance(op, "importances", importances, penalised),
-      anchor(op, "anchors", anchors, penalised),
-      path_integral(op, "path_integrals", path_integrals, options.record ? n : 0);
+  const StepOptions options = step_options(formats, mode, precise);
   check_numels(op, numels);
-  check_size(op, "param_dtypes", n, param_dtypes.size());
-  check_size(op, "grad_dtypes", n, grad_dtypes.size());
-  check_size(op, "curvature_scales", penalised, curvature_scales.size());
+  const bool penalty = mode != kPlain;
+  if (options.formats.moments == kCodes8 || (penalty && has_scales(options.formats.importance))) check_blocks(op, numels);
+  check_size(op, "curvature_scales", penalty ? n : 0, curvature_scales.size());
+  check_size(op, "keys", n, keys.size());
   check_size(op, "scalar_indices", n, scalar_indices.size());
-  check_codes(op, "param_dtypes", param_dtypes, kDTypes);
-  check_codes(op, "grad_dtypes", grad_dtypes, kDTypes);
   check_codes(op, "scalar_indices", scalar_indices, int(scalars.size()));
-  check_codes(op, "mode", {mode}, kProximal + 1);
   check_threads(op, num_threads);
+  const std::vector<Pointers> roles = step_roles(operands, options, n);
 
   std::vector<StepTensor> tensors(n);
   for (size_t i = 0; i < n; ++i) {
-    const int64_t numel = numels[i];
-    StepTensor& t = tensors[i];
-    t = StepTensor{};
-    t.param = param.at<void>(i, numel);
-    t.grad = grad.at<void>(i, numel);
-    t.exp_avg = exp_avg.at<float>(i, numel);
-    t.exp_avg_sq = exp_avg_sq.at<float>(i, numel);
-    if (options.has_penalty) {
-      t.importance = importance.at<float>(i, numel);
-      t.anchor = anchor.at<void>(i, numel);
-      t.curvature_scale = float(curvature_scales[i]);
-    }
-    if (options.record) t.path_integral = path_integral.at<float>(i, numel);
-    t.numel = numel;
-    t.scalars = scalar_indices[i];
-    t.param_dtype = param_dtypes[i];
-    t.grad_dtype = grad_dtypes[i];
+    tensors[i] = step_tensor(roles, i, numels[i]);
+    tensors[i].curvature_scale = penalty ? float(curvature_scales[i]) : 0.0f;
+    tensors[i].key = keys[i];
+    tensors[i].scalars = scalar_indices[i];
   }
-  std::vector<StepScalars> table;
+  std::vector<StepScalars<float>> table;
   for (const ScalarRow& row : scalars) table.push_back(to_scalars(row));
   const py::gil_scoped_release release;
-  step_cpu(tensors, table, options, num_threads);
+  step_cpu(tensors, table, options, reinterpret_cast<double*>(statistics), num_threads);
+}
+
+CodecTensor codec_tensor(const char* op, uintptr_t importance, int dtype, uintptr_t codes, uintptr_t scales,
+                         int64_t numel, int bits, int num_threads) {
+  check_codes(op, "dtype", {dtype}, kBFloat16 + 1);
+  check_numels(op, {numel});
+  check_blocks(op, {numel});
+  if (bits != 8 && bits != 4) throw std::invalid_argument(std::string(op) + ": expected 8 or 4 bits, got " + std::to_string(bits));
+  check_threads(op, num_threads);
+  return {address<void>(op, "importance", importance, numel > 0), address<uint8_t>(op, "codes", codes, numel > 0),
+          address<uint16_t>(op, "scales", scales, numel > 0), numel, dtype, bits};
+}
+
+void encode_importance_(uintptr_t importance, int dtype, uintptr_t codes, uintptr_t scales, int64_t numel, int bits,
+                        int num_threads) {
+  const CodecTensor t = codec_tensor("encode_importance", importance, dtype, codes, scales, numel, bits, num_threads);
+  const py::gil_scoped_release release;
+  encode_importance_cpu(t, num_threads);
+}
+
+void decode_importance_(uintptr_t codes, uintptr_t scales, uintptr_t importance, int64_t numel, int bits,
+                        int num_threads) {
+  const CodecTensor t =
+      codec_tensor("decode_importance", importance, kFloat32, codes, scales, numel, bits, num_threads);
+  const py::gil_scoped_release release;
+  decode_importance_cpu(t, num_threads);
 }
 
 std::vector<AccumulateTensor> accumulate_tensors(const char* op, const py::list& path_integrals,
@@ -177,12 +252,6 @@ std::vector<FinaliseTensor> finalise_tensors(const char* op, const py::list& pat
                        importance.at<float>(i, numel), numel, param_dtypes[i]});
   }
   return tensors;
-}
-
-template <typename T>
-T* address(const char* op, const char* name, uintptr_t value, bool needed) {
-  if (value == 0 && needed) throw std::invalid_argument(std::string(op) + ": expected " + name + " to be an address, got 0");
-  return reinterpret_cast<T*>(value);
 }
 
 void accumulate_(const py::list& path_integrals, const py::list& grads, const py::list& params,
@@ -275,9 +344,12 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.doc() = "Torch-free native kernels: raw addresses, element counts and dtype codes (0 fp32, 1 bf16, 2 fp16).";
-  m.def("step_", &alr::step_, "params"_a, "grads"_a, "exp_avgs"_a, "exp_avg_sqs"_a, "importances"_a, "anchors"_a,
-        "path_integrals"_a, "numels"_a, "param_dtypes"_a, "grad_dtypes"_a, "curvature_scales"_a, "scalars"_a,
-        "scalar_indices"_a, "mode"_a, "maximize"_a, "num_threads"_a);
+  m.def("step_", &alr::step_, "operands"_a, "numels"_a, "formats"_a, "curvature_scales"_a, "keys"_a, "scalars"_a,
+        "scalar_indices"_a, "mode"_a, "precise"_a, "statistics"_a, "num_threads"_a);
+  m.def("encode_importance", &alr::encode_importance_, "importance"_a, "dtype"_a, "codes"_a, "scales"_a, "numel"_a,
+        "bits"_a, "num_threads"_a);
+  m.def("decode_importance", &alr::decode_importance_, "codes"_a, "scales"_a, "importance"_a, "numel"_a, "bits"_a,
+        "num_threads"_a);
   m.def("accumulate_", &alr::accumulate_, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a, "numels"_a,
         "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "num_threads"_a);
   m.def("finalise", &alr::finalise_list, "path_integrals"_a, "params"_a, "starts"_a, "importances"_a, "numels"_a,

@@ -1,74 +1,304 @@
-// The step's loop. Compiled once per instruction set, with ALR_CPU_NAMESPACE naming the copy.
-// No standard library code here: the linker could pick a copy of it that needs AVX for everyone.
+// The step's loops. Compiled once per instruction set, with ALR_CPU_NAMESPACE naming the copy, and
+// twice for each: precise, and (ALR_PRECISE 0) with contraction into fused multiply-adds. No standard library code here: the linker could pick a copy of it that needs AVX for everyone.
+//
+// One loop serves every form of storage: what an operand is kept as is asked anew for each vector. Such branches
+// always go the same way and run beside the arithmetic, which is what limits a step in few bytes; a loop for every
+// combination would be thousands of loops, and one pass per operand costs a tenth more (AVX-512, 11/2026).
 #include "cpu.h"
+#include "simd.h"
+
+#if ALR_PRECISE
+#define ALR_STEP_RANGE step_range_precise
+#else
+#define ALR_STEP_RANGE step_range_fast
+#endif
 
 namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
-template <typename P, typename G, bool kHasPenalty, int kMode, bool kRecord>
-void step_loop(const StepTensor& t, const StepScalars& scalars, float grad_sign, int64_t begin, int64_t end) {
-  P* __restrict param = static_cast<P*>(t.param);
-  const G* __restrict grad = static_cast<const G*>(t.grad);
-  float* __restrict exp_avg = t.exp_avg;
-  float* __restrict exp_avg_sq = t.exp_avg_sq;
-  const float* __restrict importance = t.importance;
-  const P* __restrict anchor = static_cast<const P*>(t.anchor);
-  float* __restrict path_integral = t.path_integral;
-  const float curvature_scale = t.curvature_scale;
-  const StepScalars s = scalars;
-#pragma omp simd
-  for (int64_t i = begin; i < end; ++i) {
-    const float before = load(param[i]);
-    const float g = load(grad[i]) * grad_sign;
-    float m = exp_avg[i], v = exp_avg_sq[i];
-    const float omega = kHasPenalty ? importance[i] : 0.0f;
-    const float target = kHasPenalty ? load(anchor[i]) : 0.0f;
-    const P after = store<P>(step_element<kHasPenalty, kMode>(before, g, m, v, omega, target, curvature_scale, s));
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    param[i] = after;
-    if (kRecord) path_integral[i] = record_element(path_integral[i], g, load(after), before);
+constexpr int64_t kTile = 4 * kBlock;  // elements whose new moments wait in the L1 cache to be encoded
+
+using Scalars = StepScalars<V>;
+
+// Everything a loop needs to know besides the numbers.
+struct Loop {
+  StepTensor t;
+  StepFormats formats;
+  int64_t first;     // index of element 0 of `t` in its tensor, for the random generator
+  bool scaled;       // whether gradients are: not times 1
+  I live;            // lanes that count for the statistics
+  V* statistics;     // [kStepStatistics] sums of this tile, or null
+};
+
+// Fewest bytes, most arithmetic: here the branches cost, 4 % with AVX-512 and 16 % with AVX2, so that this one
+// combination (any importance) has a loop of its own.
+ALR_HOST_DEVICE StepFormats narrow(StepFormats f) { return {kSplit, kBFloat16, kCodes8, f.importance, kBFloat16}; }
+
+ALR_HOST_DEVICE bool is_narrow(StepFormats f) {
+  return f.param == kSplit && f.grad == kBFloat16 && f.moments == kCodes8 && f.anchor == kBFloat16;
+}
+
+ALR_HOST_DEVICE V load_as(int format, const void* from, int64_t i) {
+  if (format == kFloat32) return load_float(static_cast<const float*>(from) + i);
+  const uint16_t* narrow = static_cast<const uint16_t*>(from) + i;
+  return format == kFloat16 ? load_float16(narrow) : load_bfloat16(narrow);
+}
+
+ALR_HOST_DEVICE V load_param(const Loop& l, int64_t i) {
+  if (l.formats.param != kSplit) return load_as(l.formats.param, l.t.param, i);
+  return join<V>(load_u16(static_cast<const uint16_t*>(l.t.param) + i), load_i16(l.t.remainder + i));
+}
+
+// Stores the parameter and returns it as it was stored; `random`: 16 bits for stochastic rounding.
+ALR_HOST_DEVICE V store_param(const Loop& l, int64_t i, V x, U random) {
+  if (l.formats.param == kFloat32) {
+    store_float(static_cast<float*>(l.t.param) + i, x);
+    return x;
+  }
+  uint16_t* param = static_cast<uint16_t*>(l.t.param) + i;
+  if (l.formats.param == kSplit) {
+    U high, low;
+    split(x, high, low);
+    store_16(param, high);
+    store_16(l.t.remainder + i, low);
+    return x;
+  }
+  if (l.formats.param == kFloat16) {
+    store_float16(param, x);
+    return load_float16(param);
+  }
+  const U rounded = l.formats.param == kStochastic ? round_stochastic(x, random) : to_bfloat16(x);
+  store_16(param, rounded);
+  return from_bfloat16<V>(rounded);
+}
+
+// What a block's codes are decoded with.
+struct BlockScales {
+  V exp_avg, exp_avg_sq;
+  V importance;  // AVX-512: of 4-bit codes the curvature of each of the 16, in a register
+};
+
+ALR_HOST_DEVICE float block_scale(const uint16_t* scales, int64_t block, int bits) {
+  return from_bfloat16<float>(scales[block]) * importance_unit(bits);
+}
+
+ALR_HOST_DEVICE V load_curvature(const Loop& l, const BlockScales& b, V curvature_scale, int64_t i) {
+  const int format = l.formats.importance;
+  if (format == kCodes4) {
+    const U codes = load_u4(static_cast<const uint8_t*>(l.t.importance) + i / 2);
+#if defined(__AVX512F__)
+    return V(_mm512_permutexvar_ps(__m512i(codes), __m512(b.importance)));
+#else
+    return curvature(fourth_power(Number<V>::of(I(codes & 15u)), b.importance), curvature_scale);
+#endif
+  }
+  if (format != kCodes8) return curvature(load_as(format, l.t.importance, i), curvature_scale);
+  const I codes = I(load_u8(static_cast<const uint8_t*>(l.t.importance) + i));
+  return curvature(fourth_power(Number<V>::of(codes), b.importance), curvature_scale);
+}
+
+ALR_HOST_DEVICE BlockScales load_scales(const Loop& l, const Scalars& s, int64_t block) {
+  BlockScales b{};
+  if (l.formats.moments == kCodes8) {
+    b.exp_avg = splat(l.t.exp_avg_scales[block] * kExpAvgUnit);
+    b.exp_avg_sq = splat(l.t.exp_avg_sq_scales[block] * kExpAvgSqUnit);
+  }
+  if (l.formats.importance == kCodes8) b.importance = splat(block_scale(l.t.importance_scales, block, 8));
+  if (l.formats.importance == kCodes4) {
+    b.importance = splat(block_scale(l.t.importance_scales, block, 4));
+#if defined(__AVX512F__)
+    b.importance = curvature(fourth_power(Number<V>::of(lanes()), b.importance), s.curvature_scale);
+#endif
+  }
+  (void)s;
+  return b;
+}
+
+ALR_HOST_DEVICE void load_moments(const Loop& l, const BlockScales& b, int64_t i, V& exp_avg, V& exp_avg_sq) {
+  if (l.formats.moments != kCodes8) {
+    exp_avg = load_as(l.formats.moments, l.t.exp_avg, i);
+    exp_avg_sq = load_as(l.formats.moments, l.t.exp_avg_sq, i);
+    return;
+  }
+  exp_avg = decode_exp_avg(Number<V>::of(load_i8(static_cast<int8_t*>(l.t.exp_avg) + i)), b.exp_avg);
+  const I codes = I(load_u8(static_cast<uint8_t*>(l.t.exp_avg_sq) + i));
+  exp_avg_sq = fourth_power(Number<V>::of(codes), b.exp_avg_sq);
+}
+
+// New moments of a tile that are to be encoded, and the largest of each block.
+struct Waiting {
+  alignas(64) float exp_avg[kTile];
+  alignas(64) float root[kTile];
+  float exp_avg_peak[kTile / kBlock];
+  float exp_avg_sq_peak[kTile / kBlock];
+};
+
+// Adds a vector to the sums of a tile; `live` says which lanes count.
+template <int kMode>
+ALR_HOST_DEVICE void add_vector(V* sums, I live, const Scalars& s, V before, V g, V anchor, V k, V denom) {
+  const StepStatistics<V> row = statistics_element<kMode>(before, g, anchor, k, s.lr, denom);
+  for (int j = 0; j < kStepStatistics; ++j) {
+    const V counted = V(I(row.at[j]) & live);
+    sums[j] = j == kStiffness ? stiffer(sums[j], counted) : sums[j] + counted;
   }
 }
 
-template <typename P, typename G, bool kHasPenalty, int kMode>
-void step_record(const StepTensor& t, const StepScalars& s, const StepOptions& o, int64_t begin, int64_t end) {
-  if (o.record) {
-    step_loop<P, G, kHasPenalty, kMode, true>(t, s, o.grad_sign, begin, end);
-  } else {
-    step_loop<P, G, kHasPenalty, kMode, false>(t, s, o.grad_sign, begin, end);
+// Steps elements [begin, end) of one block, and leaves what is to be encoded in `w`.
+template <int kMode>
+ALR_HOST_DEVICE void step_block(const Loop& l, const Scalars& s, int64_t begin, int64_t end, int64_t tile,
+                                Waiting& w) {
+  const BlockScales b = load_scales(l, s, begin / kBlock);
+  const int moments = l.formats.moments;
+  const bool random = l.formats.param == kStochastic || moments == kBFloat16;
+  V exp_avg_peak{}, exp_avg_sq_peak{};
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const V before = load_param(l, i);
+    V g = load_as(l.formats.grad, l.t.grad, i), clipped = g;
+    if (l.scaled) {
+      g = g * s.grad_scale;
+      clipped = g * s.clip;
+    }
+    V exp_avg, exp_avg_sq, k{}, anchor = before;
+    load_moments(l, b, i, exp_avg, exp_avg_sq);
+    if (kMode != kPlain) {
+      k = load_curvature(l, b, s.curvature_scale, i);
+      anchor = load_as(l.formats.anchor, l.t.anchor, i);
+    }
+    const Stepped<V> to = step_element<kMode>(before, clipped, exp_avg, exp_avg_sq, k, anchor, s);
+    U bits{};
+    if (random) bits = noise(l.t.key, U(lanes()) + uint32_t(l.first + i), uint32_t((l.first + i) >> 32));
+    const V stored = store_param(l, i, to.param, bits & 0xffffu);
+    if (moments == kFloat32) {
+      store_float(static_cast<float*>(l.t.exp_avg) + i, to.exp_avg);
+      store_float(static_cast<float*>(l.t.exp_avg_sq) + i, to.exp_avg_sq);
+    } else if (moments == kCodes8) {
+      store_float(w.exp_avg + i - tile, to.exp_avg);
+      store_float(w.root + i - tile, to.root);
+      exp_avg_peak = larger_magnitude(to.exp_avg, exp_avg_peak);
+      exp_avg_sq_peak = larger(to.exp_avg_sq, exp_avg_sq_peak);
+    } else {
+      store_16(static_cast<uint16_t*>(l.t.exp_avg) + i, to_bfloat16(to.exp_avg));
+      store_16(static_cast<uint16_t*>(l.t.exp_avg_sq) + i, round_stochastic(to.exp_avg_sq, bits >> 16));
+    }
+    if (l.t.path_integral) {
+      float* path_integral = l.t.path_integral + i;
+      store_float(path_integral, record_element(load_float(path_integral), g, stored, before));
+    }
+    if (l.statistics) add_vector<kMode>(l.statistics, l.live, s, before, g, anchor, k, to.denom);
+  }
+  if (moments == kCodes8) {
+    w.exp_avg_peak[(begin - tile) / kBlock] = largest(exp_avg_peak);
+    w.exp_avg_sq_peak[(begin - tile) / kBlock] = largest(exp_avg_sq_peak);
   }
 }
 
-template <typename P, typename G>
-void step_mode(const StepTensor& t, const StepScalars& s, const StepOptions& o, int64_t begin, int64_t end) {
-  if (!o.has_penalty) {
-    step_record<P, G, false, kCoupled>(t, s, o, begin, end);
-  } else if (o.mode == kCoupled) {
-    step_record<P, G, true, kCoupled>(t, s, o, begin, end);
-  } else {
-    step_record<P, G, true, kProximal>(t, s, o, begin, end);
+ALR_HOST_DEVICE void encode_block(const Loop& l, int64_t begin, int64_t tile, const Waiting& w) {
+  const int64_t block = (begin - tile) / kBlock, index = (l.first + begin) / kBlock;
+  const float peak = w.exp_avg_peak[block], peak_sq = w.exp_avg_sq_peak[block];
+  l.t.exp_avg_scales[begin / kBlock] = peak;
+  l.t.exp_avg_sq_scales[begin / kBlock] = peak_sq;
+  const V exp_avg_inverse = splat(inverse(peak)), root_inverse = splat(inverse(sqrtf(peak_sq)));
+  U turn = U(lanes()) * kGolden + noise(l.t.key, uint32_t(index), uint32_t(index >> 32));
+  for (int64_t i = begin; i < begin + kBlock; i += kLanes, turn += kGolden * uint32_t(kLanes)) {
+    const V u = dither<V>(turn);
+    store_8(static_cast<int8_t*>(l.t.exp_avg) + i,
+            encode_exp_avg<ALR_PRECISE>(load_float(w.exp_avg + i - tile), exp_avg_inverse, u));
+    store_8(static_cast<uint8_t*>(l.t.exp_avg_sq) + i,
+            encode_exp_avg_sq<ALR_PRECISE>(load_float(w.root + i - tile), root_inverse, u));
   }
 }
 
-template <typename P>
-void step_grad(const StepTensor& t, const StepScalars& s, const StepOptions& o, int64_t begin, int64_t end) {
-  switch (t.grad_dtype) {
-    case kFloat32: return step_mode<P, float>(t, s, o, begin, end);
-    case kBFloat16: return step_mode<P, BFloat16>(t, s, o, begin, end);
-    default: return step_mode<P, Float16>(t, s, o, begin, end);
+void add_tile(double* sums, const V* partials) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    double row[kStepStatistics];
+    for (int j = 0; j < kStepStatistics; ++j) row[j] = double(partials[j][lane]);
+    add_statistics(sums, row);
+  }
+}
+
+template <int kMode, bool kNarrow>
+void step_loop(const Loop& given, const Scalars& s, int64_t begin, int64_t end, double* sums) {
+  Loop l = given;
+  if (kNarrow) l.formats = narrow(l.formats);
+  V partials[kStepStatistics];
+  Waiting w;
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t tile_end = tile + kTile < end ? tile + kTile : end;
+    if (sums) {
+      for (V& partial : partials) partial = V{};
+      l.statistics = partials;
+    }
+    for (int64_t i = tile; i < tile_end; i += kBlock) {
+      step_block<kMode>(l, s, i, i + kBlock < tile_end ? i + kBlock : tile_end, tile, w);
+    }
+    if (l.formats.moments == kCodes8) {
+      for (int64_t i = tile; i < tile_end; i += kBlock) encode_block(l, i, tile, w);
+    }
+    if (sums) add_tile(sums, partials);
+  }
+}
+
+template <int kMode>
+void step_mode(const Loop& l, const Scalars& s, int64_t begin, int64_t end, double* sums) {
+  if (is_narrow(l.formats)) return step_loop<kMode, true>(l, s, begin, end, sums);
+  step_loop<kMode, false>(l, s, begin, end, sums);
+}
+
+void step_vectors(const Loop& l, const Scalars& s, int mode, int64_t begin, int64_t end, double* sums) {
+  if (mode == kPlain) return step_mode<kPlain>(l, s, begin, end, sums);
+  if (mode == kCoupled) return step_mode<kCoupled>(l, s, begin, end, sums);
+  step_mode<kProximal>(l, s, begin, end, sums);
+}
+
+// The last elements, fewer than a vector: stepped in a copy that is one vector long.
+void step_rest(Loop l, const Scalars& s, const StepOptions& o, int64_t begin, int64_t count, double* sums) {
+  StepTensor& t = l.t;
+  const int param = o.formats.param == kFloat32 ? 4 : 2, moment = o.formats.moments == kFloat32 ? 4 : 2;
+  const struct {
+    void** operand;
+    int width;
+    bool mutated;
+  } roles[] = {
+      {&t.param, param, true},
+      {reinterpret_cast<void**>(&t.remainder), 2, true},
+      {const_cast<void**>(&t.grad), o.formats.grad == kFloat32 ? 4 : 2, false},
+      {&t.exp_avg, moment, true},
+      {&t.exp_avg_sq, moment, true},
+      {const_cast<void**>(&t.importance), o.formats.importance == kFloat32 ? 4 : 2, false},
+      {const_cast<void**>(&t.anchor), o.formats.anchor == kFloat32 ? 4 : 2, false},
+      {reinterpret_cast<void**>(&t.path_integral), 4, true},
+  };
+  constexpr int kRoles = sizeof(roles) / sizeof(roles[0]);
+  alignas(64) char copies[kRoles][4 * kLanes] = {};
+  char* originals[kRoles];
+  for (int r = 0; r < kRoles; ++r) {
+    originals[r] = static_cast<char*>(*roles[r].operand);
+    if (!originals[r]) continue;
+    originals[r] += begin * roles[r].width;
+    memcpy(copies[r], originals[r], size_t(count * roles[r].width));
+    *roles[r].operand = copies[r];
+  }
+  l.first = begin;
+  l.live = lanes() < int32_t(count);
+  step_vectors(l, s, o.mode, 0, kLanes, sums);
+  for (int r = 0; r < kRoles; ++r) {
+    if (originals[r] && roles[r].mutated) memcpy(originals[r], copies[r], size_t(count * roles[r].width));
   }
 }
 
 }  // namespace
 
-void step_range(const StepTensor& t, const StepScalars& s, const StepOptions& o, int64_t begin, int64_t end) {
-  switch (t.param_dtype) {
-    case kFloat32: return step_grad<float>(t, s, o, begin, end);
-    case kBFloat16: return step_grad<BFloat16>(t, s, o, begin, end);
-    default: return step_grad<Float16>(t, s, o, begin, end);
-  }
+void ALR_STEP_RANGE(const StepTensor& t, const StepScalars<float>& scalars, const StepOptions& o, int64_t begin,
+                    int64_t end, double* sums) {
+  const Scalars s{splat(scalars.lr),          splat(scalars.decay),           splat(scalars.one_minus_beta1),
+                  splat(scalars.beta2),       splat(scalars.one_minus_beta2), splat(scalars.eps),
+                  splat(scalars.step_size),   splat(scalars.rsqrt_bias2),     splat(scalars.grad_scale),
+                  splat(scalars.clip),        splat(t.curvature_scale)};
+  const Loop l{t, o.formats, 0, scalars.grad_scale != 1.0f || scalars.clip != 1.0f, I{} - 1, nullptr};
+  const int64_t whole = begin + (end - begin) / kLanes * kLanes;
+  if (begin < whole) step_vectors(l, s, o.mode, begin, whole, sums);
+  if (whole < end) step_rest(l, s, o, whole, end - whole, sums);
 }
 
 }  // namespace ALR_CPU_NAMESPACE

@@ -139,7 +139,7 @@ def _per_block(function, values, scales):
 
 def code_scales(values, kind):
     """Return max |x| of each block of 128 along the last dimension, rounded to bf16 for importance."""
-    peaks = wide(values).abs().reshape(-1, BLOCK).amax(1).reshape(*values.shape[:-1], values.shape[-1] // BLOCK)
+    peaks = wide(values).abs().unflatten(-1, (values.shape[-1] // BLOCK, BLOCK)).amax(-1)
     return wide(peaks.to(torch.bfloat16)) if kind.startswith("importance") else peaks
 
 
@@ -172,12 +172,12 @@ def decode(codes, scales, kind):
 
 def pack(codes):
     """Return two codes of 4 bits a byte: the first of a pair counts ones, the second sixteens."""
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    pairs = codes.unflatten(-1, (codes.shape[-1] // 2, 2))
     return pairs[..., 0] + 16 * pairs[..., 1]
 
 
 def unpack(packed):
-    return torch.stack((packed % 16, packed // 16), -1).reshape(*packed.shape[:-1], -1)
+    return torch.stack((packed % 16, packed // 16), -1).flatten(-2)
 
 
 def _unsigned(tensor, bits):
@@ -202,3 +202,10 @@ def bf16_neighbours(x):
     exponent = torch.frexp(wide(x)).exponent.clamp(min=-125)  # of x in [½, 1)·2^exponent
     spacing = torch.ldexp(torch.ones_like(wide(x)), exponent - 8)
     return torch.floor(wide(x) / spacing) * spacing, torch.ceil(wide(x) / spacing) * spacing
+
+
+def nearest_bf16(x):
+    """Return float32 x as bf16, halves away from 0: what a split master shows."""
+    size = wide(x).abs()
+    low, high = bf16_neighbours(size)
+    return (torch.where(size - low < high - size, low, high) * wide(x).sign()).to(torch.bfloat16)

@@ -49,7 +49,7 @@ def test_exit_code_is_1_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch)
 
     def wrong(*operands: Any, **options: Any) -> None:
         reference.step_(*operands, **options)
-        operands[0][0].mul_(1.0001)
+        operands[0].params[0].mul_(1.0001)
 
     monkeypatch.setitem(_ops._STEP, "native", wrong)
     result = CliRunner().invoke(app, ["doctor", "--json"])

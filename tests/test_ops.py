@@ -9,27 +9,71 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import BACKENDS, BF16, COLUMNS, F32, F64, HYPER, MODES, copied, operands, same_bits, tiny_model
+from cases import (
+    BACKENDS,
+    BF16,
+    COLUMNS,
+    F32,
+    F64,
+    MODES,
+    Case,
+    assert_same_columns,
+    formed,
+    numbers_of,
+    operands,
+    same_bits,
+    take_step,
+    tiny_model,
+)
 
 from alr_kernels import AlrAdamW, BackendUnavailableError, _ops
+from alr_kernels.step.plan import HYPER as HYPER_NAMES
+from alr_kernels.step.plan import MUTATED, STATISTICS, Numbers, Operands, Options
 
 ROOT = Path(__file__).parent.parent
 modes = pytest.mark.parametrize("mode", MODES)
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def step_arguments(backend, mode="proximal", penalty=True, record=True, dtype=F32, maximize=False):
-    columns = operands(dtype, dtype, penalty=penalty, record=record, shapes=((3, 4), (17,), (0,)))
-    lists = tuple([tensor.clone() for tensor in columns[name]] for name in COLUMNS)
-    scales = [0.5, 1.0, 2.0] if penalty else []
-    return (*lists, scales, [1.0, 2.0, 3.0], *HYPER.values(), mode, maximize, backend)
+CASES = [
+    Case(),
+    Case(mode="coupled", statistics=True, clip=0.3, inverse_scale=0.5, maximize=True),
+    Case(importance="none", record=False),
+    Case("split", "bf16", "int8", "int4", "bf16", statistics=True),
+    Case("stochastic", "bf16", "bf16", "int8", "fp16", record=False),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=["plain", "coupled", "no penalty", "split", "stochastic"])
+
+
+def step_arguments(case, backend):
+    """Return what the registered op takes, in the order of its schema."""
+    columns = formed(case, ((3, 256), (1, 128), (0, 128)) if case.coded else ((3, 4), (17,), (0,)))
+    lists = [[tensor.clone() for tensor in columns[name]] for name in COLUMNS]
+    numbers = numbers_of(columns, [1.0, 2.0, 3.0], clip=case.clip, inverse_scale=case.inverse_scale)
+    statistics = torch.zeros(3, len(STATISTICS), dtype=F64) if case.statistics else None
+    rest = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, statistics)
+    return (*lists, *rest, *case.options, backend)
+
+
+def structured(arguments):
+    """Return the same for ``_ops.step_``."""
+    n = len(COLUMNS)
+    steps, hyper, unit_scales, keys, statistics, *options, backend = arguments[n:]
+    numbers = Numbers(hyper, steps, unit_scales, keys)
+    return Operands(*arguments[:n]), numbers, Options(*options), statistics, backend
+
+
+def assert_same_arguments(arguments, expected):
+    for name, got, wanted in zip(COLUMNS, arguments, expected, strict=False):
+        assert all(map(same_bits, got, wanted)), name
+    statistics, wanted = arguments[len(COLUMNS) + 4], expected[len(COLUMNS) + 4]
+    assert wanted is None or torch.equal(statistics, wanted)
 
 
 @backends
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("penalty", "record"), [(True, True), (False, False), (True, False)])
-def test_opcheck_step(backend, mode, penalty, record):
-    torch.library.opcheck(torch.ops.alr_kernels.step_.default, step_arguments(backend, mode, penalty, record))
+@cases
+def test_opcheck_step(backend, case):
+    torch.library.opcheck(torch.ops.alr_kernels.step_.default, step_arguments(case, backend))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F64], ids=str)
@@ -48,23 +92,40 @@ def test_schemas_say_what_is_mutated():
         for op in ("step_", "accumulate_", "finalise")
     }
     assert mutated == {
-        "step_": ["params", "exp_avgs", "exp_avg_sqs", "path_integrals"],
+        "step_": [*MUTATED, "statistics"],
         "accumulate_": ["path_integrals", "previous"],
         "finalise": [],
     }
 
 
+def test_schema_lists_what_plan_declares():
+    names = [argument.name for argument in torch.ops.alr_kernels.step_.default._schema.arguments]
+    options = ["penalty_mode", *Options._fields[1:]]
+    assert names == [*COLUMNS, "steps", "hyper", "unit_scales", "keys", "statistics", *options, "backend"]
+
+
 @backends
-def test_registered_op_is_the_function(backend):
-    arguments, expected = step_arguments(backend), step_arguments(backend)
+@cases
+def test_registered_op_is_the_function(backend, case):
+    arguments, expected, start = (step_arguments(case, backend) for _ in range(3))
     torch.ops.alr_kernels.step_(*arguments)
-    _ops.step_(*expected)
-    for got, wanted in zip(arguments[:7], expected[:7], strict=True):
-        assert all(map(same_bits, got, wanted))
+    _ops.step_(*structured(expected))
+    assert_same_arguments(arguments, expected)
+    for name, before, after in zip(COLUMNS, start, arguments, strict=False):
+        changed = not all(map(same_bits, before, after))
+        assert changed == (name in MUTATED and len(after) > 0), name
+
+
+def test_backend_may_be_left_out():
+    arguments, expected = step_arguments(Case(), "auto"), step_arguments(Case(), "auto")
+    torch.ops.alr_kernels.step_(*arguments[:-1])
+    _ops.step_(*structured(expected)[:-1])
+    assert_same_arguments(arguments, expected)
 
 
 def test_op_with_nothing_to_do():
-    _ops.step_(*([] for _ in range(9)), *HYPER.values(), "proximal", False)
+    nothing = Numbers(torch.zeros(len(HYPER_NAMES), dtype=F64), [], torch.zeros(0, dtype=F64), [])
+    _ops.step_(Operands([], [], [], []), nothing)
     _ops.accumulate_([], [], [], [])
     assert _ops.finalise([], [], [], 1e-3)[0] == []
 
@@ -121,7 +182,7 @@ def test_mixed_dtypes_in_one_group():
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    assert float(params[2][0]) < 0.95
+    assert float(params[2].detach()[0]) < 0.95
     for param in params:
         assert torch.allclose(param.detach().double(), params[2].detach(), atol=5e-3)
     assert optimizer.state[params[2]]["exp_avg"].dtype == F64
@@ -171,26 +232,33 @@ def test_without_extension_and_triton_the_reference_serves(tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiled_function_calls_the_op(compiler):
+@pytest.mark.parametrize("case", [CASES[0], CASES[3]], ids=["plain", "split"])
+def test_compiled_function_calls_the_op(compiler, case):
     """torch.compile traces the op through its fake, without a graph break; both compilers generate no code."""
-    arguments, expected = step_arguments("reference"), step_arguments("reference")
+    arguments, expected = step_arguments(case, "reference"), step_arguments(case, "reference")
+    n = len(COLUMNS)
+    options, backend = Options(*arguments[n + 5 : -1]), arguments[-1]
 
-    def run(*lists):
-        _ops.step_(*lists, *arguments[7:])
+    def run(lists, steps, hyper, unit_scales, statistics):
+        numbers = Numbers(hyper, steps, unit_scales, [0, 1, 2])
+        _ops.step_(Operands(*lists), numbers, options, statistics, backend)
 
     torch._dynamo.reset()
-    torch.compile(run, backend=compiler, fullgraph=True)(*arguments[:7])
-    _ops.step_(*expected)
-    for got, wanted in zip(arguments[:7], expected[:7], strict=True):
-        assert all(map(same_bits, got, wanted))
+    steps, hyper, unit_scales, _, statistics = arguments[n : n + 5]
+    torch.compile(run, backend=compiler, fullgraph=True)(arguments[:n], steps, hyper, unit_scales, statistics)
+    _ops.step_(*structured(expected))
+    assert_same_arguments(arguments, expected)
 
 
-def test_poisoned_operands_do_not_leak():
-    """The reference and native read each operand where it is, not what lies around it."""
-    columns = operands(F32, F32, shapes=((5,),))
-    clean = copied(columns)
+@backends
+@cases
+def test_poisoned_operands_do_not_leak(backend, case):
+    """Each operand is read where it is, not what lies around it."""
+    columns = formed(case, ((3, 256),) if case.coded else ((5,),))
+    clean = {name: [tensor.clone() for tensor in tensors] for name, tensors in columns.items()}
     for lists in (columns, clean):
-        _ops.step_(*(lists[name] for name in COLUMNS), [1.0], [1.0], **HYPER, penalty_mode="coupled", maximize=False)
+        take_step(lists, backend, [1.0], case.options)
+    assert_same_columns(columns, clean)
     assert all(bool(torch.isfinite(t).all()) for name in COLUMNS for t in columns[name])
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import F32, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
+from cases import BF16, F32, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from torch import nn
 
-from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops, _validate, layer_coefficients
+from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, ImportanceRecorder, _ops, _validate, layer_coefficients
 
 SOURCE = Path(_validate.__file__)
 ALPHAS = {"embed": 0.25, "layers.0": 0.25, "layers.1": 0.25, "head": 0.25}
@@ -141,6 +141,14 @@ def grow_moment(saved):
     saved["state"][0]["exp_avg"] = torch.zeros(9)
 
 
+def add_remainder(saved):
+    saved["state"][0]["remainder"] = torch.zeros(8, 4, dtype=torch.int16)
+
+
+def add_scales(saved):
+    saved["state"][0]["exp_avg_scale"] = torch.zeros(8, 3)
+
+
 def add_group(saved):
     saved["param_groups"].append({"params": []})
 
@@ -182,10 +190,66 @@ REFUSED = {
     **{
         flag: (lambda c, flag=flag: new(c, **{flag: True}), TypeError, f"{flag}=True.*{text}")
         for flag, text in {
-            "amsgrad": "leave it out", "foreach": "backend=", "fused": "backend=", "capturable": "leave it out",
-            "differentiable": "leave it out",
+            "amsgrad": "leave it out", "foreach": "backend=", "fused": "backend=", "differentiable": "leave it out",
         }.items()
     },
+    **{
+        f"{option} {value}": (
+            lambda c, option=option, value=value: new(c, c.importance, **{option: value}),
+            ValueError, f"{option}: expected one of {known} or such a torch dtype, got {value!r}",
+        )
+        for option, value, known in (
+            ("importance_dtype", "int2", "'fp32', 'bf16', 'int8', 'int4'"),
+            ("importance_dtype", torch.float16, "'fp32', 'bf16', 'int8', 'int4'"),
+            ("importance_dtype", torch.uint8, "'fp32', 'bf16', 'int8', 'int4'"),
+            ("importance_dtype", None, "'fp32', 'bf16', 'int8', 'int4'"),
+            ("anchor_dtype", "int8", "'fp32', 'bf16'"),
+            ("anchor_dtype", torch.float64, "'fp32', 'bf16'"),
+            ("state_dtype", "int4", "'fp32', 'bf16', 'int8'"),
+            ("state_dtype", "torch.int8", "'fp32', 'bf16', 'int8'"),
+        )
+    },
+    "master": (lambda c: new(c, master="fp32"), ValueError, "master.*'none', 'split', 'stochastic'.*got 'fp32'"),
+    **{
+        f"master {kind} of fp32": (
+            lambda c, kind=kind: new(c, master=kind),
+            ValueError, r"master: it has no effect.*torch.float32.*\.bfloat16\(\)",
+        )
+        for kind in ("split", "stochastic")
+    },
+    **{
+        f"seed {value!r}": (
+            lambda c, value=value: new(c, seed=value), ValueError, rf"seed: .* in \[0, 2\^32\), got {value!r}",
+        )
+        for value in (-1, 2**32, 1.5, None, "0")
+    },
+    "max_grad_norm": (lambda c: new(c, max_grad_norm=0), ValueError, r"max_grad_norm: .* in \(0.0, inf\), got 0"),
+    "max_grad_norm inf": (lambda c: new(c, max_grad_norm=math.inf), ValueError, "max_grad_norm.*got inf"),
+    "max_grad_norm type": (lambda c: new(c, max_grad_norm="1%"), TypeError, "max_grad_norm: .* number, got str '1%'"),
+    "capturable": (
+        lambda c: step(p(), torch.ones(2), capturable=True), ValueError, "capturable.*'w' is on the CPU.*leave it out",
+    ),
+    "capturable and dynamic": (
+        lambda c: new(c, c.importance, DynamicCoeffs(), capturable=True), ValueError, "DynamicCoeffs.*capturable=False",
+    ),
+    "dynamic without importance": (lambda c: new(c, None, DynamicCoeffs()), ValueError, "coeffs.*no importance"),
+    "dynamic rule": (lambda c: new(c, c.importance, DynamicCoeffs("paper")), ValueError, "'softmax'.*got 'paper'"),
+    "dynamic layers": (
+        lambda c: c.optimizer.set_coeffs(DynamicCoeffs({"head": 1.0})), ValueError, "coeffs.*missing 'embed'",
+    ),
+    "every": (lambda c: DynamicCoeffs(every=0), ValueError, "every: expected an integer ≥ 1, got 0"),
+    "every type": (lambda c: DynamicCoeffs(every=2.5), ValueError, "every: expected an integer ≥ 1, got 2.5"),
+    "rate": (lambda c: DynamicCoeffs(rate=0.0), ValueError, r"rate: .*\(0.0, 1.0.*got 0.0"),
+    "rate above": (lambda c: DynamicCoeffs(rate=1.5), ValueError, "rate.*got 1.5"),
+    "max_change": (lambda c: DynamicCoeffs(max_change=1.0), ValueError, r"max_change: .*\(1.0, inf\), got 1.0"),
+    "importance_dtype without importance": (
+        lambda c: new(c, importance_dtype="int8"), ValueError, "importance_dtype.*no effect.*no importance",
+    ),
+    "anchor_dtype without importance": (
+        lambda c: new(c, anchor_dtype="bf16"), ValueError, "anchor_dtype.*no effect.*no importance",
+    ),
+    "stats off": (lambda c: c.optimizer.stats(), RuntimeError, "stats.*stats=True and take a step"),
+    "stats before a step": (lambda c: new(c, stats=True).stats(), RuntimeError, "stats.*take a step"),
     "unknown option": (lambda c: new(c, reg_lamda=1.0), TypeError, r"'reg_lamda'.*help\(AlrAdamW\)"),
     "group flag": (lambda c: group(c, fused=True), TypeError, "fused=True.*backend="),
     "group misspelt": (lambda c: group(c, weight_decya=0.1), TypeError, "'weight_decya'; did you mean 'weight_decay'"),
@@ -230,6 +294,9 @@ REFUSED = {
     "state order": (lambda c: load(c, other_order), ValueError, "expected parameter .* where it has .*order"),
     "state of another optimizer": (
         lambda c: load(c, another_optimizers_state), ValueError, "exp_avg.*momentum_buffer.*another optimizer",
+    ),
+    "state of a split master": (
+        lambda c: load(c, add_remainder), ValueError, "parameter 0.*master='split'.*has 'none'.*construct it with",
     ),
     "state form": (lambda c: load(c, other_form), ValueError, "saved with mode='coupled'.*has mode='proximal'.*same"),
     "meta": (lambda c: step(nn.Parameter(torch.ones(2, device="meta"))), RuntimeError, "'w'.*meta.*materialise"),
@@ -331,6 +398,7 @@ REFUSED = {
     "state groups": (lambda c: load(c, add_group), ValueError, r"\[8\].*\[8, 0\].*groups it was saved with"),
     "state amsgrad": (lambda c: load(c, mark_amsgrad), ValueError, "amsgrad"),
     "state shape": (lambda c: load(c, grow_moment), ValueError, r"exp_avg of parameter 0.*\(9,\).*\(8, 4\)"),
+    "state scales": (lambda c: load(c, add_scales), ValueError, r"exp_avg_scale of parameter 0.*\(8, 3\).*\(8, 0\)"),
     "state fingerprint": (
         lambda c: load(c, other_fingerprint),
         ValueError, "importance 0{16}.*this optimizer has.*same importance",
@@ -410,6 +478,17 @@ def test_a_step_refused_at_its_first_call_binds_no_anchor():
     moved = model.embed.weight.detach().clone()
     optimizer.step()
     assert torch.equal(optimizer.state[model.embed.weight]["anchor"], moved)
+
+
+def test_a_master_needs_one_bf16_parameter():
+    """The others of a mixed model are stepped as they are."""
+    for kind in ("split", "stochastic"):
+        AlrAdamW([("a", p()), ("b", p(dtype=BF16))], master=kind)
+
+
+def test_recording_needs_no_importance_to_say_how_it_will_be_kept():
+    """The next phase brings it: start_phase(recorded_importance())."""
+    assert "importance int4, anchor bf16" in repr(one(record=True, importance_dtype="int4", anchor_dtype="bf16"))
 
 
 def test_a_users_own_group_keys_are_kept():

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .._version import __version__
+from .bench import bench
 from .demo import demo
 from .doctor import doctor
 
@@ -35,3 +36,4 @@ def main(
 
 app.command()(doctor)
 app.command()(demo)
+app.command()(bench)

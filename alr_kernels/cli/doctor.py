@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Backend = Literal["reference", "native", "triton"]
 # Sizes around the kernels' block and vector widths, and one tensor that several threads share.
 CHECK_SIZES = (1, 17, 1023, 1024, 4099)
+CODED_SHAPE = (33, 128)  # large enough to be kept as block codes
 LARGE_CHECK_SIZE = 300_001  # native and GPU only: the interpreter would take seconds
 
 
@@ -60,34 +65,19 @@ def examine() -> dict[str, Any]:
 
 
 def check_step(backend: Backend, device: str, sizes: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """Take two recorded steps with penalty and weight decay in every mode and dtype; compare with the reference."""
-    import torch
-
-    from .. import AlrAdamW
-
+    """Take two recorded steps with penalty and weight decay in every mode, dtype and form of storage; compare."""
     worst, where = 0.0, ""
     sizes = sizes or (*CHECK_SIZES, LARGE_CHECK_SIZE)
-    for mode in ("proximal", "coupled"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            results = []
-            names: tuple[Backend, ...] = ("reference", backend)
-            for name in names:
-                generator = torch.Generator().manual_seed(0)
-                values = [torch.randn(2, n, generator=generator) for n in sizes]
-                params = [torch.nn.Parameter(value[0].to(device, dtype)) for value in values]
-                importance = [value[1].abs().to(device) for value in values]
-                optimizer = AlrAdamW(params, importance, mode=mode, record=True, lr=1e-2, backend=name)
-                for _ in range(2):
-                    for param, value in zip(params, values, strict=True):
-                        param.grad = value[1].to(device, dtype)
-                    optimizer.step()
-                state = [t for p in params for t in (p.detach(), *map(optimizer.state[p].get, STATE_COMPARED))]
-                results.append([tensor.double() for tensor in state])
-            for expected, got in zip(*results, strict=True):
-                scale = float(expected.abs().max())
-                error = float((expected - got).abs().max()) / max(scale, 1e-30)
-                if not error <= worst:  # NaN counts as wrong
-                    worst, where = error, f"{mode}, {dtype}"
+    for mode, dtype, form in itertools.product(MODES, DTYPES, FORMS):
+        if "master" in FORMS[form] and dtype != "bfloat16":
+            continue
+        names: tuple[Backend, ...] = ("reference", backend)
+        results = [_two_steps(name, device, sizes, mode, dtype, form) for name in names]
+        for expected, got in zip(*results, strict=True):
+            scale = float(expected.abs().max())
+            error = float((expected - got).abs().max()) / max(scale, 1e-30)
+            if not error <= worst:  # NaN counts as wrong
+                worst, where = error, f"{mode}, {dtype}, {form}"
     return {
         "op": "step",
         "backend": backend,
@@ -98,7 +88,37 @@ def check_step(backend: Backend, device: str, sizes: tuple[int, ...] | None = No
     }
 
 
-STATE_COMPARED = ("exp_avg", "exp_avg_sq", "path_integral")
+MODES: tuple[Literal["proximal", "coupled"], ...] = ("proximal", "coupled")
+DTYPES = ("float32", "bfloat16", "float16")
+LEAN = {"importance_dtype": "int4", "anchor_dtype": "bf16", "state_dtype": "int8"}
+FORMS: dict[str, dict[str, Any]] = {
+    "wide": {},
+    "few bytes": LEAN,
+    "few bytes, split": LEAN | {"master": "split"},
+    "bf16 moments, stochastic": {"state_dtype": "bf16", "master": "stochastic"},
+}
+
+
+def _two_steps(
+    backend: Backend, device: str, sizes: tuple[int, ...], mode: Literal["proximal", "coupled"], dtype: str, form: str
+) -> list[Tensor]:
+    """Return parameters and state after two steps, as float64."""
+    import torch
+
+    from .. import AlrAdamW
+
+    generator = torch.Generator().manual_seed(0)
+    shapes: list[tuple[int, ...]] = [*((n,) for n in sizes), CODED_SHAPE]
+    values = [torch.randn(2, *shape, generator=generator) for shape in shapes]
+    params = [torch.nn.Parameter(value[0].to(device, getattr(torch, dtype))) for value in values]
+    importance = [value[1].abs().to(device) for value in values]
+    options = FORMS[form]
+    optimizer = AlrAdamW(params, importance, mode=mode, record=True, lr=1e-2, backend=backend, **options)
+    for _ in range(2):
+        for param, value in zip(params, values, strict=True):
+            param.grad = value[1].to(param)
+        optimizer.step()
+    return [tensor.double() for p in params for tensor in (p.detach(), *optimizer.state[p].values())]
 
 
 def check_importance(device: str) -> dict[str, Any]:

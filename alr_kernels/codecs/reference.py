@@ -31,7 +31,11 @@ def approximate_sqrt(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    return x.reshape(-1, BLOCK)
+    return x.reshape(x.numel() // BLOCK, BLOCK)
+
+
+def _scales(peak: Tensor, x: Tensor) -> Tensor:
+    return peak.reshape(*x.shape[:-1], x.shape[-1] // BLOCK)
 
 
 def _inverse(peak: Tensor) -> Tensor:
@@ -50,8 +54,8 @@ def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes = _codes(approximate_sqrt(approximate_sqrt(blocks * _inverse(scales.float()))), top).to(torch.uint8)
     if bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    shape = importance.shape[:-1]
-    return codes.reshape(*shape, -1), scales.reshape(*shape, -1)
+    *rows, columns = importance.shape
+    return codes.reshape(*rows, columns * bits // 8), scales.reshape(*rows, columns // BLOCK)
 
 
 def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -63,7 +67,7 @@ def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 def _fourth_power(codes: Tensor, scales: Tensor, top: int) -> Tensor:
     square = _blocks(codes).float().square()
-    return (square * square * (scales.reshape(-1, 1).float() * (1.0 / top**4))).view(codes.shape)
+    return (square * square * (scales.reshape(scales.numel(), 1).float() * (1.0 / top**4))).view(codes.shape)
 
 
 def encode_exp_avg(exp_avg: Tensor, offset: Tensor | float = 0.5) -> tuple[Tensor, Tensor]:
@@ -72,13 +76,13 @@ def encode_exp_avg(exp_avg: Tensor, offset: Tensor | float = 0.5) -> tuple[Tenso
     peak = torch.nan_to_num(blocks.abs(), nan=0.0, posinf=torch.inf).amax(1, keepdim=True)
     codes = _codes(approximate_sqrt(blocks.abs() * _inverse(peak)), 127, offset)
     signed = torch.where(blocks < 0, -codes, codes).to(torch.int8)
-    return signed.view(exp_avg.shape), peak.reshape(*exp_avg.shape[:-1], -1)
+    return signed.view(exp_avg.shape), _scales(peak, exp_avg)
 
 
 def decode_exp_avg(codes: Tensor, scales: Tensor) -> Tensor:
     """Return m as float32."""
     c = _blocks(codes).float()
-    return (c * c.abs() * (scales.reshape(-1, 1) * (1.0 / 127**2))).view(codes.shape)
+    return (c * c.abs() * (scales.reshape(scales.numel(), 1) * (1.0 / 127**2))).view(codes.shape)
 
 
 def encode_exp_avg_sq(root: Tensor, exp_avg_sq: Tensor, offset: Tensor | float = 0.5) -> tuple[Tensor, Tensor]:
@@ -87,7 +91,7 @@ def encode_exp_avg_sq(root: Tensor, exp_avg_sq: Tensor, offset: Tensor | float =
     top = torch.nan_to_num(roots, nan=0.0, posinf=torch.inf).amax(1, keepdim=True)
     codes = _codes(approximate_sqrt(roots * _inverse(top)), 255, offset).clamp(min=1)
     codes = torch.where(roots > 0, codes, 0).to(torch.uint8)  # v > 0 never becomes 0, where m/√v would leap
-    return codes.view(root.shape), peak.reshape(*root.shape[:-1], -1)
+    return codes.view(root.shape), _scales(peak, root)
 
 
 def decode_exp_avg_sq(codes: Tensor, scales: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch  # before _C: torch's OpenMP runtime is then the one that _C binds to, and both share its threads
 
 from .._environment import extension_error
-from .plan import MODES, step_scalars
+from ..codecs.reference import BLOCK
+from ..codecs.rounding import noise_key
+from .formats import needs_noise
+from .plan import MODES, Numbers, Operands, Options, step_scalars
 
 _WHY_NOT = extension_error() or ""
 _C: Any = None if _WHY_NOT else importlib.import_module("alr_kernels._C")
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# Codes of csrc/common.h. float64 is served by the reference.
+# Codes of csrc/common.h and csrc/cpu.h, and bytes an element. float64 is served by the reference.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-WIDTHS = (4, 2, 2)  # bytes an element, by code
+WIDTHS = (4, 2, 2)  # by code
+SPLIT, STOCHASTIC, CODES8, CODES4 = 3, 4, 5, 6
+PLAIN = len(MODES)  # the mode without a penalty
 
 _dtype = attrgetter("dtype")
 _bytes = attrgetter("nbytes")
@@ -54,49 +59,91 @@ def mutated(*columns: Iterable[Tensor]) -> None:
     torch.autograd.graph.increment_version([tensor for column in columns for tensor in column])
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    path_integrals: Sequence[Tensor],
-    curvature_scales: Sequence[float],
-    steps: Sequence[float],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    mode: str,
-    maximize: bool,
-) -> None:
-    """Update ``params``, moments and ``path_integrals`` in place; see ``_ops.step_`` for the arguments.
+def _only_dtype(name: str, tensors: Sequence[Tensor], *expected: torch.dtype) -> torch.dtype:
+    """Return the dtype that all of ``tensors`` have."""
+    found = set(map(_dtype, tensors))
+    if len(found) != 1 or not found <= set(expected):
+        allowed = " or ".join(map(str, expected))
+        raise TypeError(f"{name}: expected one dtype, {allowed}, for native code, got {sorted(map(str, found))}")
+    return found.pop()
 
-    Operands with the same index are dense in the same layout; ``_ops.step_`` sees to it.
+
+def _formats(o: Operands, options: Options) -> list[int]:
+    """Return the formats of parameters, gradients, moments, importance and anchors."""
+    floats = tuple(DTYPE_CODES)
+    param = DTYPE_CODES[_only_dtype("params", o.params, *((torch.bfloat16,) if o.remainders else floats))]
+    if o.remainders:
+        param = SPLIT
+    elif options.master == "stochastic" and param == DTYPE_CODES[torch.bfloat16]:
+        param = STOCHASTIC
+    exp_avg = _only_dtype("exp_avgs", o.exp_avgs, torch.float32, torch.bfloat16, torch.int8)
+    _only_dtype("exp_avg_sqs", o.exp_avg_sqs, torch.uint8 if exp_avg is torch.int8 else exp_avg)
+    importance = anchor = 0
+    if o.importances:
+        dtype = _only_dtype("importances", o.importances, *floats, torch.uint8)
+        whole = dtype is not torch.uint8 or o.importances[0].shape == o.params[0].shape
+        importance = DTYPE_CODES.get(dtype, CODES8 if whole else CODES4)
+        anchor = DTYPE_CODES[_only_dtype("anchors", o.anchors, *floats)]
+    grad = DTYPE_CODES[_only_dtype("grads", o.grads, *floats)]
+    return [param, grad, DTYPE_CODES.get(exp_avg, CODES8), importance, anchor]
+
+
+def _operands(o: Operands, formats: list[int], numels: list[int]) -> list[list[int]]:
+    """Return the addresses of every role, having checked sizes: all that memory safety needs."""
+
+    def sized(width: int) -> list[int]:
+        return [n * width for n in numels]
+
+    def floats(code: int) -> list[int]:
+        return sized(4 if code == 0 else 2)
+
+    param, grad, moments, importance, anchor = formats
+    moment = numels if moments == CODES8 else floats(moments)
+    blocks = [n // BLOCK for n in numels]
+    expected = Operands(
+        params=floats(param), grads=floats(grad), exp_avgs=moment, exp_avg_sqs=moment,
+        importances={CODES8: numels, CODES4: [n // 2 for n in numels]}.get(importance) or floats(importance),
+        anchors=floats(anchor), path_integrals=sized(4), remainders=sized(2),
+        exp_avg_scales=[n * 4 for n in blocks], exp_avg_sq_scales=[n * 4 for n in blocks],
+        importance_scales=[n * 2 for n in blocks],
+    )  # fmt: skip
+    return [
+        addresses(name, tensors, nbytes) if tensors else []
+        for name, tensors, nbytes in zip(Operands._fields, o, expected, strict=True)
+    ]
+
+
+def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | None = None) -> None:
+    """Update what ``o`` says is mutated, as ``reference.step_`` does; ``statistics``: as there, overwritten.
+
+    Operands with the same index are dense in the same layout, codes and what goes with them contiguous; ``_ops`` sees
+    to it.
     """
-    numels = list(map(_numel, params))
-    param_codes, grad_codes = dtype_codes("params", params), dtype_codes("grads", grads)
-    param_bytes, single = [*map(mul, numels, map(WIDTHS.__getitem__, param_codes))], [n * 4 for n in numels]
-    table = {step: i for i, step in enumerate(dict.fromkeys(steps))}
+    *hyper, reg_lambda, inverse_scale, clip, found_inf = numbers.hyper.tolist()
+    if found_inf or not o.params:
+        return
+    counts = torch.stack(list(numbers.steps)).tolist()
+    numels = list(map(_numel, o.params))
+    formats = _formats(o, options)
+    keys = [0] * len(numels)
+    if formats[2] == CODES8 or needs_noise(o, options):
+        keys = [noise_key(options.seed, key, int(count)) for key, count in zip(numbers.keys, counts, strict=True)]
+    table = {count: i for i, count in enumerate(dict.fromkeys(counts))}
+    grad_scale = -inverse_scale if options.maximize else inverse_scale
     _C.step_(
-        list(map(_address, params)),
-        addresses("grads", grads, [*map(mul, numels, map(WIDTHS.__getitem__, grad_codes))]),
-        addresses("exp_avgs", exp_avgs, single),
-        addresses("exp_avg_sqs", exp_avg_sqs, single),
-        addresses("importances", importances, single) if importances else [],
-        addresses("anchors", anchors, param_bytes) if importances else [],
-        addresses("path_integrals", path_integrals, single) if path_integrals else [],
+        _operands(o, formats, numels),
         numels,
-        param_codes,
-        grad_codes,
-        list(curvature_scales) if importances else [],
-        [step_scalars(step, lr, beta1, beta2, eps, weight_decay) for step in table],
-        list(map(table.__getitem__, steps)),
-        MODES.index(mode),
-        maximize,
+        formats,
+        (numbers.unit_scales * reg_lambda).tolist() if o.importances else [],
+        keys,
+        [(*step_scalars(count, *hyper), grad_scale, clip) for count in table],
+        list(map(table.__getitem__, counts)),
+        MODES.index(options.mode) if o.importances else PLAIN,
+        options.precise,
+        0 if statistics is None else statistics.data_ptr(),
         torch.get_num_threads(),
     )
-    mutated(params, exp_avgs, exp_avg_sqs, path_integrals)
+    mutated(
+        o.params, o.exp_avgs, o.exp_avg_sqs, o.path_integrals, o.remainders, o.exp_avg_scales, o.exp_avg_sq_scales,
+        () if statistics is None else (statistics,),
+    )  # fmt: skip

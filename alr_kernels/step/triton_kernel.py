@@ -1,7 +1,8 @@
 """The step as one Triton kernel, for CUDA, ROCm and XPU devices (and the CPU through Triton's interpreter).
 
-The formulas repeat ``reference.py``, ``penalty.py`` and ``csrc/step_math.h``: same names, same order. Division and
-square root are the IEEE ones and contraction into fused multiply-adds is off, so that results agree bit for bit.
+One launch serves all tensors of a call: a program takes a chunk of one tensor, finds the addresses of its operands in
+a table (``tables.py``), makes the scalars from the numbers in device memory, and steps tile after tile. The formulas
+are in ``triton_math.py``.
 """
 
 # mypy: allow-untyped-defs
@@ -9,222 +10,341 @@ square root are the IEEE ones and contraction into fused multiply-adds is off, s
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .plan import MODES, StepScalars, step_scalars
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as error:  # available() explains; everything below stays importable
-    triton, tl, _missing = None, None, str(error)
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-# 4 elements a thread: 128-bit accesses for float32, 64-bit for 2-byte operands, 39-64 registers on sm_80 to sm_100,
-# no stack. 8 a thread make 2-byte operands 128-bit too, but then operands of different width meet in shared memory and
-# registers rise to 112-164 (ptxas of Triton 3.6.0 and 3.9.0; tests/test_step_triton_aot.py asserts the former).
-BLOCK = 1024
-THREADS = 256
-OPTIONS = {"num_warps": THREADS // (64 if torch.version.hip else 32), "enable_fp_fusion": False}
-OLDEST_TRITON = (3, 6)  # what the kernel was tested with from
-ALIGNMENT = 16  # bytes, of every operand, for 128-bit accesses
-
-
-def _jit(fn=None, **options):
-    """Return ``fn`` as ``triton.jit(**options)`` does, or as it is where Triton is missing."""
-    if fn is None:
-        return lambda fn: _jit(fn, **options)
-    return fn if triton is None else triton.jit(fn, **options)
-
-
-@_jit
-def to_float32(x):
-    # By hand for bfloat16: Triton's interpreter gets subnormals wrong.
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@_jit
-def to_storage(x, dtype: tl.constexpr):
-    # Round to nearest even; by hand for bfloat16: Triton's interpreter truncates. NaN stays NaN (torch's 0x7FC0).
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@_jit
-def curvature(importance, curvature_scale):
-    # k = curvature_scale * importance, the second derivative of the penalty.
-    return importance * curvature_scale
-
-
-@_jit
-def penalty_gradient(param, anchor, k):
-    # dpenalty/dparam = k (param - anchor).
-    return k * (param - anchor)
-
-
-@_jit
-def proximal(adam_point, anchor, k, lr, denom):
-    # argmin |x - adam_point|^2_denom / (2 lr) + k (x - anchor)^2 / 2, evaluated from the nearer end.
-    t = k * lr
-    near_adam = t <= denom
-    weight = tl.math.div_rn(tl.where(near_adam, t, denom), denom + t)
-    near = tl.where(near_adam, adam_point, anchor)
-    far = tl.where(near_adam, anchor, adam_point)
-    return tl.where(k == 0.0, adam_point, near + weight * (far - near))
-
-
-@_jit
-def step_element(
-    before, g, exp_avg, exp_avg_sq, importance, anchor, curvature_scale, s,
-    HAS_PENALTY: tl.constexpr, MODE: tl.constexpr,
-):  # fmt: skip
-    # Return the new parameter before it is rounded to storage, and the moments. `g` has maximize's sign.
-    adam_grad = g
-    if HAS_PENALTY:
-        k = curvature(importance, curvature_scale)
-        if MODE == 0:  # coupled
-            adam_grad = tl.where(k == 0.0, g, g + penalty_gradient(before, anchor, k))
-    exp_avg = exp_avg + (adam_grad - exp_avg) * s.one_minus_beta1
-    exp_avg_sq = exp_avg_sq * s.beta2 + adam_grad * adam_grad * s.one_minus_beta2
-    denom = tl.math.sqrt_rn(exp_avg_sq) * s.rsqrt_bias2 + s.eps
-    after = before * s.decay - tl.math.div_rn(exp_avg * s.step_size, denom)
-    if HAS_PENALTY and MODE == 1:  # proximal
-        after = proximal(after, anchor, k, s.lr, denom)
-    return after, exp_avg, exp_avg_sq
-
-
-@_jit
-def record_element(path_integral, g, stored_after, before):
-    # path_integral += -g (stored_after - before)
-    return path_integral - g * (stored_after - before)
-
-
-@_jit
-def block_pointer(ptr, start, offsets, ALIGNED: tl.constexpr):
-    # The block's elements. `start` is a multiple of BLOCK, so the blocks of an aligned tensor are aligned; the hint
-    # has to sit on a computed pointer, on an argument it is lost when the function is inlined.
-    first = ptr + start
-    if ALIGNED:
-        first = tl.multiple_of(first, 16)
-    return first + offsets
-
-
-@_jit
-def step_block(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, importance_ptr, anchor_ptr, path_integral_ptr, mask, start,
-    curvature_scale, s,
-    HAS_PENALTY: tl.constexpr, MODE: tl.constexpr, RECORD: tl.constexpr, MAXIMIZE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # Step the BLOCK elements of one tensor from `start` on; a `mask` of None promises that all of them exist, and
-    # only without a mask does Triton load 128 bits at a time.
-    offsets = tl.arange(0, BLOCK)
-    params = block_pointer(param_ptr, start, offsets, ALIGNED)
-    exp_avgs = block_pointer(exp_avg_ptr, start, offsets, ALIGNED)
-    exp_avg_sqs = block_pointer(exp_avg_sq_ptr, start, offsets, ALIGNED)
-
-    # All loads before all stores: nothing moves a load over a store that might alias it.
-    before = to_float32(tl.load(params, mask=mask))
-    g = to_float32(tl.load(block_pointer(grad_ptr, start, offsets, ALIGNED), mask=mask))
-    exp_avg = tl.load(exp_avgs, mask=mask)
-    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask)
-    importance = 0.0
-    anchor = 0.0
-    if HAS_PENALTY:
-        importance = tl.load(block_pointer(importance_ptr, start, offsets, ALIGNED), mask=mask)
-        anchor = to_float32(tl.load(block_pointer(anchor_ptr, start, offsets, ALIGNED), mask=mask))
-    if RECORD:
-        path_integrals = block_pointer(path_integral_ptr, start, offsets, ALIGNED)
-        path_integral = tl.load(path_integrals, mask=mask)
-
-    if MAXIMIZE:
-        g = -g
-    after, exp_avg, exp_avg_sq = step_element(
-        before, g, exp_avg, exp_avg_sq, importance, anchor, curvature_scale, s, HAS_PENALTY, MODE
-    )
-    stored_after = to_storage(after, param_ptr.dtype.element_ty)
-    tl.store(exp_avgs, exp_avg, mask=mask)
-    tl.store(exp_avg_sqs, exp_avg_sq, mask=mask)
-    tl.store(params, stored_after, mask=mask)
-    if RECORD:
-        path_integral = record_element(path_integral, g, to_float32(stored_after), before)
-        tl.store(path_integrals, path_integral, mask=mask)
-
-
-_RUN_TIME = (
-    "param_ptr", "grad_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "importance_ptr", "anchor_ptr", "path_integral_ptr",
-    "numel", "curvature_scale", *StepScalars._fields,
+from . import tables
+from .plan import MUTATED, STATISTICS, Numbers, Operands, Options
+from .triton_math import (
+    Build, Sums, add_statistics, curvature, decode_exp_avg, dither, divide, encode_exp_avg, encode_exp_avg_sq, fourth_power,
+    gradient, interleave, jit, join, missing, noise, proximal, round_stochastic, scalars, split, square_root,
+    store_statistics, tl, to_float32, to_storage, triton,
 )  # fmt: skip
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# One program a block. Nothing is specialised on a value: alignment is the caller's flag, so that two builds serve
-# all tensors of a dtype, and numbers are run-time values, so that a schedule never recompiles.
-@_jit(do_not_specialize=_RUN_TIME)
-def step_kernel(
-    param_ptr,  # parameters, fp32/bf16/fp16, mutated
-    grad_ptr,  # task gradients, fp32/bf16/fp16, read
-    exp_avg_ptr,  # first moments, fp32, mutated
-    exp_avg_sq_ptr,  # second moments, fp32, mutated
-    importance_ptr,  # importance, fp32, read; None without a penalty
-    anchor_ptr,  # anchors, the parameter's dtype, read; None without a penalty
-    path_integral_ptr,  # path integrals, fp32, mutated; None without recording
-    numel: tl.int64,  # elements of every operand, int64
-    curvature_scale: tl.float32,  # k / importance of this tensor, fp32
-    lr: tl.float32,  # learning rate, fp32
-    decay: tl.float32,  # 1 - lr * weight_decay, fp32
-    one_minus_beta1: tl.float32,  # fp32
-    beta2: tl.float32,  # fp32
-    one_minus_beta2: tl.float32,  # fp32
-    eps: tl.float32,  # fp32
-    step_size: tl.float32,  # lr / (1 - beta1^step), fp32
-    rsqrt_bias2: tl.float32,  # 1 / sqrt(1 - beta2^step), fp32
-    HAS_PENALTY: tl.constexpr,  # bool: read importance and anchor
-    MODE: tl.constexpr,  # index into plan.MODES: 0 coupled, 1 proximal
-    RECORD: tl.constexpr,  # bool: update the path integral
-    MAXIMIZE: tl.constexpr,  # bool: ascend
-    ALIGNED: tl.constexpr,  # bool: every pointer is a multiple of 16 bytes
-    BLOCK: tl.constexpr,  # elements a program, a power of two
-):
-    tl.static_assert(param_ptr.dtype.element_ty.primitive_bitwidth <= 32, "the Triton step computes in float32")
-    # tl.cast, for the interpreter passes Python floats and torch.compile may pass fp64.
-    s = StepScalars(
-        tl.cast(lr, tl.float32), tl.cast(decay, tl.float32), tl.cast(one_minus_beta1, tl.float32),
-        tl.cast(beta2, tl.float32), tl.cast(one_minus_beta2, tl.float32), tl.cast(eps, tl.float32),
-        tl.cast(step_size, tl.float32), tl.cast(rsqrt_bias2, tl.float32),
+# A thread takes 8 elements of a tile, so that 2-byte operands are read and written 16 bytes at a time; where all are
+# 4 bytes wide it takes 4, with half the registers and nothing exchanged through shared memory.
+THREADS = 128
+# Elements of a program: a prologue of some 3 µs (addresses, powers in float64) against 34 µs and more of streaming on
+# an H200, and 61,000 programs at 1e9 elements for 132 multiprocessors, so that the last ones hardly matter.
+CHUNK = 16384
+OLDEST_TRITON = (3, 6)  # what the kernel was tested with from
+MUTATED_ROLES = tuple(map(Operands._fields.index, MUTATED))
+
+
+class Pointers(NamedTuple):
+    """Addresses of one tensor's operands, in the order of ``Operands``; None where the build has no such operand."""
+
+    param: Any
+    grad: Any
+    exp_avg: Any
+    exp_avg_sq: Any
+    importance: Any
+    anchor: Any
+    path_integral: Any
+    remainder: Any
+    exp_avg_scale: Any
+    exp_avg_sq_scale: Any
+    importance_scale: Any
+
+
+class Tile(NamedTuple):
+    """Which elements: [rows, 128] of them from ``first`` on."""
+
+    first: Any  # int64, a multiple of the tile's size
+    left: Any  # int32 elements from there to the tensor's end; None promises a whole tile
+    rows: Any  # [rows, 1]
+    columns: Any  # [1, 128]
+
+
+class Loaded(NamedTuple):
+    """One tile of operands, in float32."""
+
+    before: Any  # θ
+    g: Any  # gradient of the task, ω's
+    exp_avg: Any
+    exp_avg_sq: Any
+    k: Any
+    anchor: Any
+    path_integral: Any
+
+
+class Stepped(NamedTuple):
+    """What the step makes of a tile, in float32."""
+
+    after: Any
+    exp_avg: Any
+    exp_avg_sq: Any
+    root: Any
+    denom: Any
+
+
+@jit
+def address(row_ptr, column: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(row_ptr + column).to(tl.pointer_type(dtype))
+
+
+@jit
+def addresses(row_ptr, BUILD: tl.constexpr):
+    importance, anchor, importance_scale, path_integral = None, None, None, None
+    remainder, exp_avg_scale, exp_avg_sq_scale = None, None, None
+    if BUILD.importance is not None:
+        importance = address(row_ptr, 4, BUILD.importance)
+        anchor = address(row_ptr, 5, BUILD.anchor)
+        if BUILD.bits != 0:
+            importance_scale = address(row_ptr, 10, tl.bfloat16)
+    if BUILD.record:
+        path_integral = address(row_ptr, 6, tl.float32)
+    if BUILD.master == "split":
+        remainder = address(row_ptr, 7, tl.int16)
+    if BUILD.exp_avg == tl.int8:
+        exp_avg_scale = address(row_ptr, 8, tl.float32)
+        exp_avg_sq_scale = address(row_ptr, 9, tl.float32)
+    param, grad = address(row_ptr, 0, BUILD.param), address(row_ptr, 1, BUILD.grad)
+    exp_avg, exp_avg_sq = address(row_ptr, 2, BUILD.exp_avg), address(row_ptr, 3, BUILD.exp_avg_sq)
+    return Pointers(
+        param, grad, exp_avg, exp_avg_sq, importance, anchor, path_integral, remainder, exp_avg_scale,
+        exp_avg_sq_scale, importance_scale,
     )  # fmt: skip
-    scale = tl.cast(curvature_scale, tl.float32)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    if start + BLOCK <= numel:
-        step_block(
-            param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, importance_ptr, anchor_ptr, path_integral_ptr,
-            None, start, scale, s, HAS_PENALTY, MODE, RECORD, MAXIMIZE, ALIGNED, BLOCK,
-        )  # fmt: skip
+
+
+@jit
+def pointers_at(ptr, first, offsets, ALIGNED: tl.constexpr):
+    # `first` is a multiple of 16 bytes for every operand, so what is aligned at the tensor's start is so here. The
+    # hint has to sit on a computed pointer, on an argument it is lost when the function is inlined.
+    start = ptr + first
+    if ALIGNED:
+        start = tl.multiple_of(start, 16)
+    return start + offsets
+
+
+@jit
+def load_at(ptr, first, offsets, left, ALIGNED: tl.constexpr):
+    # Only without a mask does Triton load 128 bits at a time.
+    if left is None:
+        return tl.load(pointers_at(ptr, first, offsets, ALIGNED))
     else:
-        step_block(
-            param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, importance_ptr, anchor_ptr, path_integral_ptr,
-            start + tl.arange(0, BLOCK) < numel, start, scale, s, HAS_PENALTY, MODE, RECORD, MAXIMIZE, ALIGNED, BLOCK,
-        )  # fmt: skip
+        return tl.load(pointers_at(ptr, first, offsets, ALIGNED), mask=offsets < left, other=0)
+
+
+@jit
+def store_at(ptr, first, offsets, left, value, ALIGNED: tl.constexpr):
+    if left is None:
+        tl.store(pointers_at(ptr, first, offsets, ALIGNED), value)
+    else:
+        tl.store(pointers_at(ptr, first, offsets, ALIGNED), value, mask=offsets < left)
+
+
+@jit
+def load(ptr, t, BUILD: tl.constexpr):
+    return load_at(ptr, t.first, t.rows * 128 + t.columns, t.left, BUILD.aligned)
+
+
+@jit
+def store(ptr, t, value, BUILD: tl.constexpr):
+    store_at(ptr, t.first, t.rows * 128 + t.columns, t.left, value, BUILD.aligned)
+
+
+@jit
+def load_scales(ptr, t):
+    # [rows, 1]: one number a block. Tensors with scales are whole blocks.
+    return load_at(ptr, t.first // 128, t.rows, None if t.left is None else t.left // 128, False)
+
+
+@jit
+def store_scales(ptr, t, value):
+    store_at(ptr, t.first // 128, t.rows, None if t.left is None else t.left // 128, value, False)
+
+
+@jit
+def load_importance(p, t, BUILD: tl.constexpr):
+    if BUILD.bits == 0:
+        return to_float32(load(p.importance, t, BUILD))
+    elif BUILD.bits == 8:
+        return fourth_power(load(p.importance, t, BUILD), to_float32(load_scales(p.importance_scale, t)), 255)
+    else:  # two to a byte
+        half = t.rows * 64 + tl.arange(0, 64)[None, :]
+        packed = load_at(p.importance, t.first // 2, half, None if t.left is None else t.left // 2, BUILD.aligned)
+        return fourth_power(interleave(packed), to_float32(load_scales(p.importance_scale, t)), 15)
+
+
+@jit
+def load_tile(p, t, s, BUILD: tl.constexpr):
+    # All loads come before all stores: nothing moves a load over a store that might alias it.
+    param = load(p.param, t, BUILD)
+    if BUILD.master == "split":
+        before = join(param, load(p.remainder, t, BUILD))
+    else:
+        before = to_float32(param)
+    g = to_float32(load(p.grad, t, BUILD)) * s.grad_scale
+    exp_avg = load(p.exp_avg, t, BUILD)
+    exp_avg_sq = load(p.exp_avg_sq, t, BUILD)
+    if BUILD.exp_avg == tl.int8:
+        exp_avg = decode_exp_avg(exp_avg, load_scales(p.exp_avg_scale, t))
+        exp_avg_sq = fourth_power(exp_avg_sq, load_scales(p.exp_avg_sq_scale, t), 255)
+    else:
+        exp_avg = to_float32(exp_avg)
+        exp_avg_sq = to_float32(exp_avg_sq)
+    k, anchor, path_integral = None, None, None
+    if BUILD.importance is not None:
+        k = curvature(load_importance(p, t, BUILD), s.curvature_scale)
+        anchor = to_float32(load(p.anchor, t, BUILD))
+    if BUILD.record:
+        path_integral = load(p.path_integral, t, BUILD)
+    return Loaded(before, g, exp_avg, exp_avg_sq, k, anchor, path_integral)
+
+
+@jit
+def update(x, s, BUILD: tl.constexpr):
+    # reference.step_, between loading and storing.
+    adam_grad = x.g * s.clip
+    if BUILD.importance is not None and BUILD.mode == "coupled":
+        adam_grad = tl.where(x.k == 0.0, adam_grad, adam_grad + gradient(x.before, x.anchor, x.k))
+    exp_avg = x.exp_avg + (adam_grad - x.exp_avg) * s.one_minus_beta1
+    exp_avg_sq = x.exp_avg_sq * s.beta2 + adam_grad * adam_grad * s.one_minus_beta2
+    root = square_root(exp_avg_sq, BUILD.precise)
+    denom = root * s.rsqrt_bias2 + s.eps
+    decayed = x.before * s.decay
+    move = exp_avg * s.step_size
+    if BUILD.importance is not None and BUILD.mode == "proximal":
+        after = proximal(decayed, move, x.anchor, x.k, s.lr, denom, BUILD.precise)
+    else:
+        after = decayed - divide(move, denom, BUILD.precise)
+    return Stepped(after, exp_avg, exp_avg_sq, root, denom)
+
+
+@jit
+def store_param(p, t, after, random, BUILD: tl.constexpr):
+    # Store θ and return it as it was stored.
+    if BUILD.master == "split":
+        param, remainder = split(after)
+        store(p.param, t, param, BUILD)
+        store(p.remainder, t, remainder, BUILD)
+        return after
+    else:
+        if BUILD.master == "stochastic":
+            param = round_stochastic(after, random & 0xFFFF)
+        else:
+            param = to_storage(after, BUILD.param, BUILD.interpreted)
+        store(p.param, t, param, BUILD)
+        return to_float32(param)
+
+
+@jit
+def store_moments(p, t, y, random, s, BUILD: tl.constexpr):
+    if BUILD.exp_avg == tl.int8:
+        u = dither(s.key, t.first // 128, t.rows, t.columns)
+        codes, scales = encode_exp_avg(y.exp_avg, u, BUILD.precise)
+        store(p.exp_avg, t, codes, BUILD)
+        store_scales(p.exp_avg_scale, t, scales)
+        codes, scales = encode_exp_avg_sq(y.root, y.exp_avg_sq, u, BUILD.precise)
+        store(p.exp_avg_sq, t, codes, BUILD)
+        store_scales(p.exp_avg_sq_scale, t, scales)
+    else:
+        store(p.exp_avg, t, to_storage(y.exp_avg, BUILD.exp_avg, BUILD.interpreted), BUILD)
+        if BUILD.exp_avg_sq == tl.bfloat16:  # at random: 0.999 v would round to v for ever
+            store(p.exp_avg_sq, t, round_stochastic(y.exp_avg_sq, random >> 16), BUILD)
+        else:
+            store(p.exp_avg_sq, t, to_storage(y.exp_avg_sq, BUILD.exp_avg_sq, BUILD.interpreted), BUILD)
+
+
+@jit
+def step_tile(p, first, left, s, sums, BUILD: tl.constexpr, SIZE: tl.constexpr):
+    # Step SIZE elements from `first` on and return `sums` with theirs added.
+    t = Tile(first, left, tl.arange(0, SIZE // 128)[:, None], tl.arange(0, 128)[None, :])
+    x = load_tile(p, t, s, BUILD)
+    y = update(x, s, BUILD)
+    random = None
+    if BUILD.master == "stochastic" or BUILD.exp_avg_sq == tl.bfloat16:
+        random = noise(s.key, first, t.rows * 128 + t.columns)
+    stored = store_param(p, t, y.after, random, BUILD)
+    store_moments(p, t, y, random, s, BUILD)
+    if BUILD.record:
+        store(p.path_integral, t, x.path_integral - x.g * (stored - x.before), BUILD)
+    if BUILD.statistics:
+        there = None if left is None else t.rows * 128 + t.columns < left
+        return add_statistics(sums, x, y.denom, s.lr, there)
+    else:
+        return sums
+
+
+@jit(do_not_specialize=("table_ptr", "chunk_ptr", "hyper_ptr", "unit_scale_ptr", "partial_ptr", "stride"))
+def step_kernel(
+    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 16], read
+    chunk_ptr,  # for each program: tensor << 32 | number of the chunk in it, int64, read
+    hyper_ptr,  # plan.HYPER, fp64, read
+    unit_scale_ptr,  # curvature / (reg_lambda * importance) of each tensor, fp64 [n], read
+    partial_ptr,  # sums of each program, fp64 [6, stride], written; None without statistics
+    stride: tl.int64,  # programs, those of other launches of this call included, int64
+    first_program: tl.int64,  # how many of them came before this launch, int64
+    BUILD: tl.constexpr,  # Build: dtypes and flags
+    CHUNK: tl.constexpr,  # elements of a program
+    TILE: tl.constexpr,  # elements at a time
+    TAIL: tl.constexpr,  # elements at a time in what is left at a tensor's end: one a thread, few registers
+):
+    program = tl.program_id(0) + first_program
+    chunk = tl.load(chunk_ptr + program)
+    row = chunk >> 32
+    first = (chunk & 0xFFFFFFFF) * CHUNK
+    row_ptr = table_ptr + row * 16
+    count = tl.load(address(row_ptr, 11, tl.float32)).to(tl.int32)
+    key = tl.load(row_ptr + 13).to(tl.uint32)
+    s = scalars(hyper_ptr, count, tl.load(unit_scale_ptr + row), key, BUILD.maximize)
+    p = addresses(row_ptr, BUILD)
+    left = tl.minimum(tl.load(row_ptr + 12) - first, CHUNK).to(tl.int32)
+    left = tl.where(tl.load(hyper_ptr + 8) != 0.0, 0, left)  # found_inf: nothing changes
+    done = left // TILE * TILE
+
+    if BUILD.statistics:
+        zeros = tl.zeros([TAIL], tl.float64)
+        sums = Sums(zeros, zeros, zeros, zeros, tl.zeros([TAIL], tl.float32), zeros)
+        for i in range(0, done, TILE):
+            sums = step_tile(p, first + i, None, s, sums, BUILD, TILE)
+        for i in range(done, left, TAIL):
+            sums = step_tile(p, first + i, left - i, s, sums, BUILD, TAIL)
+        store_statistics(partial_ptr + program, stride, sums)
+    else:
+        for i in range(0, done, TILE):
+            step_tile(p, first + i, None, s, None, BUILD, TILE)
+        for i in range(done, left, TAIL):
+            step_tile(p, first + i, left - i, s, None, BUILD, TAIL)
+
+
+@jit(do_not_specialize=("table_ptr", "partial_ptr", "hyper_ptr", "statistics_ptr", "stride"))
+def statistics_kernel(
+    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 16], read
+    partial_ptr,  # sums of each program of step_kernel, fp64 [6, stride], read
+    hyper_ptr,  # plan.HYPER, fp64, read
+    statistics_ptr,  # plan.STATISTICS of each tensor, fp64 [n, 6], written
+    stride: tl.int64,  # programs of step_kernel, int64
+    SIZE: tl.constexpr,  # programs at a time
+):
+    # A program per tensor and statistic: sums in an order that does not change, the largest of the stiffness.
+    row_ptr = table_ptr + tl.program_id(0) * 16
+    column = tl.program_id(1)
+    ptr = partial_ptr + column * stride + tl.load(row_ptr + 14)
+    count = tl.load(row_ptr + 15).to(tl.int32)
+    total = tl.zeros([SIZE], tl.float64)
+    for i in range(0, count, SIZE):
+        number = i + tl.arange(0, SIZE)
+        values = tl.load(ptr + number, mask=number < count, other=0.0)
+        total = tl.where(column == 4, tl.maximum(total, values), total + values)
+    result = tl.where(column == 4, tl.max(total, 0), tl.sum(total, 0))
+    if tl.load(hyper_ptr + 8) == 0.0:
+        tl.store(statistics_ptr + tl.program_id(0) * 6 + column, result)
 
 
 def available(device_type: str) -> tuple[bool, str]:
     """Tell whether ``step_`` can run on devices of this type, and if not, why and what to do."""
-    if triton is not None and tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
-        return False, f"Triton {triton.__version__} is older than 3.6, which the step needs"
     if triton is None:
-        return False, f"Triton cannot be imported ({_missing}); install triton to use the fused step"
+        return False, f"Triton cannot be imported ({missing}); install triton to use the fused step"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return False, f"Triton {triton.__version__} is older than 3.6, which the step needs"
     if device_type == "cpu":
         if not isinstance(step_kernel, triton.JITFunction):  # Triton's knob, as it stood at import
             return True, ""
@@ -236,63 +356,97 @@ def available(device_type: str) -> tuple[bool, str]:
     return True, ""
 
 
-def step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    path_integrals: Sequence[Tensor],
-    curvature_scales: Sequence[float],
-    steps: Sequence[float],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    mode: str,
-    maximize: bool,
-) -> None:
-    """Update ``params``, moments and ``path_integrals`` in place; see ``_ops.step_`` for the arguments.
+@torch.no_grad()
+def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | None = None) -> None:
+    """Update what ``o`` says is mutated; see ``reference.step_``. Nothing is read on the host.
 
     The operands of one parameter are dense, have the same strides and lie on one device: the caller sees to it.
+    ``statistics``: [n, len(STATISTICS)] float64, contiguous, overwritten.
     """
-    flags = {
-        "HAS_PENALTY": bool(importances),
-        "MODE": MODES.index(mode) if importances else 0,
-        "RECORD": bool(path_integrals),
-        "MAXIMIZE": maximize,
+    if not o.params:
+        return
+    build = build_of(o, options, statistics is not None)
+    device = o.params[0].device
+    with _device_of(device):
+        table = tables.CACHE.find(o, numbers, options.seed, CHUNK)
+        programs, aligned = len(table.chunks.map), table.chunks.aligned
+        partials = None
+        if statistics is not None:
+            partials = torch.empty(len(STATISTICS), programs, dtype=torch.float64, device=device)
+        common = (table.rows, table.chunks.map, numbers.hyper, numbers.unit_scales, partials, programs)
+        launch = launch_options(build, device.type == "cuda" and not torch.version.hip)
+        if aligned:
+            step_kernel[(aligned,)](*common, 0, build, **launch)
+        if aligned < programs:
+            step_kernel[(programs - aligned,)](*common, aligned, build._replace(aligned=False), **launch)
+        if statistics is not None:
+            statistics_kernel[(len(o.params), len(STATISTICS))](
+                table.rows, partials, numbers.hyper, statistics, programs, SIZE=1024, num_warps=4
+            )
+    torch.autograd.graph.increment_version(list(chain.from_iterable(o[i] for i in MUTATED_ROLES)))
+
+
+def build_of(o: Operands, options: Options, statistics: bool) -> Build:
+    """Return what the kernel is compiled for, with one spelling for what is the same machine code."""
+    bits = 0
+    if o.importances and o.importances[0].dtype is torch.uint8:
+        bits = 8 if o.importances[0].shape == o.params[0].shape else 4
+    roles = (o.params, o.grads, o.exp_avgs, o.exp_avg_sqs, o.importances, o.anchors)
+    master = "split" if o.remainders else "stochastic" if options.master == "stochastic" else "none"
+    return _build(
+        tuple(tensors[0].dtype if tensors else None for tensors in roles), bits, options.mode, bool(o.path_integrals),
+        options.maximize, options.precise, master, statistics,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def _build(
+    dtypes: tuple[torch.dtype | None, ...], bits: int, mode: str, record: bool, maximize: bool, precise: bool,
+    master: str, statistics: bool,
+) -> Build:  # fmt: skip
+    if torch.float64 in dtypes:
+        raise TypeError(f"the Triton step computes in float32: expected operands of at most 32 bits, got {dtypes}")
+    param, grad, exp_avg, exp_avg_sq, importance, anchor = (
+        None if dtype is None else getattr(tl, str(dtype).removeprefix("torch.")) for dtype in dtypes
+    )
+    if (exp_avg == tl.int8) != (exp_avg_sq == tl.uint8):
+        raise TypeError(f"moments: expected float dtypes, or codes int8 and uint8, got {dtypes[2]} and {dtypes[3]}")
+    return Build(
+        param, grad, exp_avg, exp_avg_sq, importance, bits, anchor, mode if importance else "none", record, maximize,
+        precise, "none" if master == "stochastic" and param != tl.bfloat16 else master, statistics,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def launch_options(build: Build, nvidia: bool) -> dict[str, Any]:
+    """Return the other compile-time arguments of ``step_kernel`` and the compiler's options."""
+    roles = (build.param, build.grad, build.exp_avg, build.exp_avg_sq, build.importance, build.anchor)
+    wide = all(role is None or role.primitive_bitwidth == 32 for role in roles)
+    options: dict[str, Any] = {
+        "CHUNK": CHUNK,
+        "TILE": THREADS * (4 if wide else 8),
+        "TAIL": THREADS,
+        "num_warps": THREADS // (64 if torch.version.hip else 32),
+        "enable_fp_fusion": False,
     }
-    scalars = {step: step_scalars(step, lr, beta1, beta2, eps, weight_decay) for step in set(steps)}
-    mutated: list[Tensor] = []
-    for i, (param, grad, exp_avg, exp_avg_sq) in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)):
-        importance, anchor, scale = (
-            (importances[i], anchors[i], float(curvature_scales[i])) if importances else (None, None, 0.0)
-        )
-        path_integral = path_integrals[i] if path_integrals else None
-        others = (grad, exp_avg, exp_avg_sq, importance, anchor, path_integral)
-        if param.numel() > 0:
-            _launch(param, others, scale, scalars[steps[i]], flags)
-            mutated += [t for t in (param, exp_avg, exp_avg_sq, path_integral) if t is not None]
-    torch.autograd.graph.increment_version(mutated)
+    if nvidia and not wide:
+        options["maxnreg"] = registers(build)
+    return options
 
 
-def _launch(
-    param: Tensor, others: tuple[Tensor | None, ...], scale: float, s: StepScalars, flags: dict[str, int]
-) -> None:
-    """Step one tensor on its own device."""
-    aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in (param, *others))
-    with _device_of(param):
-        step_kernel[(triton.cdiv(param.numel(), BLOCK),)](
-            param, *others, param.numel(), scale, *map(float, s), **flags,
-            ALIGNED=aligned, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+def registers(build: Build) -> int:
+    """Return how many registers a thread may have: as many as fit 4, 3 or 2 programs a multiprocessor, without spills.
+
+    Left alone, ptxas takes up to 168 where 128 do, and spills to keep to 168 where it should take more.
+    """
+    coded = build.exp_avg == tl.int8
+    pressure = build.statistics + (coded and build.statistics + build.record)
+    pressure += coded and build.precise and build.master != "split"
+    return (128, 168, 255)[min(pressure, 2)]
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Return a guard that makes the tensor's device the current one: Triton launches on the current device."""
-    if tensor.device.type == "cpu":
+def _device_of(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a guard that makes the device the current one: Triton launches on the current device."""
+    if device.type == "cpu":
         return contextlib.nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
+    return torch.get_device_module(device).device(device)
