@@ -115,8 +115,8 @@ class Stepping(Optimizer):
         ordered = [norms[index] for index in sorted(norms)]  # the sum of squares depends on the order
         home = ordered[0].device
         total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in ordered]))
-        self.grad_norm = total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)
-        return (self.max_grad_norm / (self.grad_norm.float() + 1e-6)).clamp(max=1.0)
+        self.grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
+        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
     def _step_bucket(
         self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any]

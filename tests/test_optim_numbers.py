@@ -218,6 +218,8 @@ def test_steps_skipped_before_saving_are_not_counted_after_loading():
         assert each.recorded_steps == 2
         steps(each, 3, 4)
         assert each.recorded_steps == each.recorded_importance().steps == 3
+        each.start_phase()
+        assert each.recorded_steps == 0
 
 
 # ---------------------------------------------------------------- numbers as tensors

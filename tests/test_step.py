@@ -140,7 +140,7 @@ def test_zero_importance_steps_as_without_penalty(backend, mode, dtype):
     plain = copied(columns) | {"importances": [], "anchors": []}
     masks = [importance == 0 for importance in columns["importances"]]
     for anchor in columns["anchors"]:
-        anchor.view(-1)[: anchor.numel() // 2] = 1e4  # far away: an exact 0 must still be an exact 0
+        anchor.view(-1)[: anchor.numel() // 2] = math.inf  # far away: an exact 0 must still be an exact 0
     for rotation in range(2):
         for lists in (columns, plain):
             take_step(lists, backend, counts_of(columns, rotation), Options(mode))

@@ -52,6 +52,17 @@ def test_random_bits_are_those_of_seed_step_and_parameter(kind, backend):
 
 
 @backends
+def test_weights_and_v_are_rounded_independently(backend):
+    """0.999 and 0.99, whose neighbours in bf16 are 1 and 0.9961, 0.9922 and 0.9883."""
+    columns = still(Case("stochastic", moments="bf16"), params=1.0, exp_avg_sqs=1.0)
+    take_step(columns, backend, [3.0], Case("stochastic").options)
+    up = [(columns[name][0] > limit).double().flatten() for name, limit in (("params", 0.998), ("exp_avg_sqs", 0.99))]
+    for indicator, share in zip(up, (1 - 0.001 * 256, 1 - (0.9921875 - 0.99) * 256), strict=True):
+        assert float(indicator.mean()) == pytest.approx(share, abs=5 * 0.5 / 256)
+    assert abs(float(torch.corrcoef(torch.stack(up))[0, 1])) < 5 / 256
+
+
+@backends
 def test_stochastic_weights_keep_moves_that_nearest_rounding_loses(backend):
     """A move of lr a step, 1/40 of bf16's spacing."""
     steps, lr = 40, 1e-4

@@ -154,7 +154,7 @@ def gradient(param, anchor, k):
 
 @jit
 def proximal(decayed, move, anchor, k, lr, denom, PRECISE: tl.constexpr):
-    # argmin |x - h|^2_denom / (2 lr) + k (x - anchor)^2 / 2 with h = decayed - move/denom, from whichever end is nearer.
+    # argmin |x - h|^2_denom / (2 lr) + k (x - anchor)^2 / 2, h = decayed - move/denom, from whichever end is nearer.
     t = k * lr
     gap = decayed - anchor
     near_adam = t <= denom
@@ -289,32 +289,33 @@ def encode_exp_avg_sq(root, exp_avg_sq, offset, PRECISE: tl.constexpr):
 
 
 @jit
-def thread_sum(x, total):
-    # total + what each thread holds of the tile x.
-    return total + tl.sum(tl.reshape(x, [total.shape[0], x.numel // total.shape[0]]), 1)
+def by_thread(x, total):
+    # The tile x as [threads, what each of them holds].
+    return tl.reshape(x, [total.shape[0], x.numel // total.shape[0]])
 
 
 @jit
-def add_statistics(sums, x, denom, lr, there):
-    # penalty.statistics of one tile, in float64. there: which elements exist, None if all do.
+def add_statistics(sums, x, denom, lr, there, BUILD: tl.constexpr):
+    # penalty.statistics of one tile, float64 sums of float32 factors. there: which elements exist, None if all do.
     g = x.g.to(tl.float64)
     if there is not None:
         g = tl.where(there, g, 0.0)
-    grad_sq = thread_sum(g * g, sums.grad_sq)
-    if x.k is None:
+    grad_sq = sums.grad_sq + tl.sum(by_thread(g * g, sums.grad_sq), 1)
+    if BUILD.importance is None:
         return Sums(sums.penalty, grad_sq, sums.pull_sq, sums.grad_dot_pull, sums.stiffness, sums.drift_sq)
     else:
         k = x.k if there is None else tl.where(there, x.k, 0.0)
-        stiffness = tl.reshape(divide(k * lr, denom, False), [sums.stiffness.shape[0], k.numel // sums.stiffness.shape[0]])
-        drift = x.before.to(tl.float64) - x.anchor.to(tl.float64)
-        pull = k.to(tl.float64) * drift
+        stiffness = tl.max(by_thread(divide(k * lr, denom, BUILD.precise), sums.stiffness), 1)
+        drift = x.before - x.anchor
+        pull = (k * drift).to(tl.float64)
+        drift = drift.to(tl.float64)
         return Sums(
-            thread_sum(pull * drift, sums.penalty),
+            sums.penalty + tl.sum(by_thread(pull * drift, sums.penalty), 1),
             grad_sq,
-            thread_sum(pull * pull, sums.pull_sq),
-            thread_sum(g * pull, sums.grad_dot_pull),
-            tl.maximum(sums.stiffness, tl.max(stiffness, 1)),
-            thread_sum(drift * drift, sums.drift_sq),
+            sums.pull_sq + tl.sum(by_thread(pull * pull, sums.pull_sq), 1),
+            sums.grad_dot_pull + tl.sum(by_thread(g * pull, sums.grad_dot_pull), 1),
+            tl.maximum(sums.stiffness, stiffness),
+            sums.drift_sq + tl.sum(by_thread(drift * drift, sums.drift_sq), 1),
         )
 
 
