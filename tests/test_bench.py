@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from alr_kernels import AlrAdamW
 from alr_kernels.benchmark import candidates, memory, rivals, roofline, shapes, suite, timing
 from alr_kernels.benchmark.inputs import LR, Inputs, Source
 from alr_kernels.benchmark.roofline import Kept
-from alr_kernels.benchmark.table import WIDTH, sets_of, show
+from alr_kernels.benchmark.table import NARROW, WIDTH, sets_of, show
 from alr_kernels.cli import app
 from alr_kernels.report import step_plots
 
@@ -200,17 +201,26 @@ def test_compiling_many_tensors_is_asked_for() -> None:
     assert not candidates.references(compile_many=True)[1].why_not(many)
 
 
-def printed(result: dict[str, Any]) -> str:
+def printed(result: dict[str, Any], width: int = WIDTH) -> str:
     file = StringIO()
-    show(result, Console(width=WIDTH, file=file))
+    show(result, Console(width=width, file=file))
     return file.getvalue()
 
 
-def test_table_shows_every_row_whole(result: dict[str, Any]) -> None:
-    text = printed(result)
+@pytest.mark.parametrize("peak", [None, 123.45])
+def test_table_shows_every_row_whole(result: dict[str, Any], peak: float | None) -> None:
+    full = next(row for row in result["rows"] if row["name"] == candidates.PENALTY)
+    full = copy.deepcopy(full)
+    full |= {"median_s": 0.0987, "p20_s": 0.0876, "p80_s": 0.0999, "host_s": 0.0123, "first_step_s": 12.345}
+    full |= {"bytes_per_s": 4.321e12, "copy_share": 1.23, "state_bytes": 16.0, "peak_bytes": peak}
+    full["ratio"] = dict.fromkeys((candidates.BASELINE, candidates.COMPILED), (12.345, 1.0, 20.0))
+    names = [row.name for row in (*candidates.references(), *candidates.candidates())]
+    text = printed({**result, "rows": [{**full, "name": name} for name in names]})
     assert "…" not in text
-    for row in result["rows"]:
-        assert row["name"] in text
+    for name in names:
+        assert name in text
+    if peak is None:
+        assert "…" not in printed({**result, "rows": [full]}, NARROW)
 
 
 def test_names_leave_room_in_the_table() -> None:

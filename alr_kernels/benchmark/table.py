@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .candidates import BASELINE, COMPILED
 
-WIDTH = 118  # columns
+NARROW, WIDTH = 92, 128  # columns: below, numbers would be cut; above, nothing is gained
 
 
 def sets_of(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,14 +49,14 @@ def table(result: dict[str, Any]) -> Table:
     measured = [row for row in result["rows"] if "skipped" not in row]
     on_gpu = any(row.get("peak_bytes") is not None for row in measured)
     compared = any(COMPILED in row["ratio"] for row in measured)
-    shown = Table(title=title(result), box=box.SIMPLE_HEAD)
-    shown.add_column("one step", no_wrap=True)
+    shown = Table(title=title(result), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("one step")  # the one to fold where the terminal is narrow
     headings = ["ms\np20 - p80", "× torch\nfused", *(["× com-\npiled"] if compared else []), "bytes\nmoved", "GB/s"]
     headings += [
-        "of a\ncopy",
+        "% of\ncopy",
         "state B\na param",
         *(["peak B\na param", "host\nµs"] if on_gpu else []),
-        "first\nstep s",
+        "first\ns",
     ]
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
@@ -72,8 +72,8 @@ def _cells(row: dict[str, Any], compared: bool, on_gpu: bool) -> list[str]:
         _ratio(row, BASELINE),
         *([_ratio(row, COMPILED)] if compared else []),
         f"{row['bytes_per_element']:.1f}",
-        f"{row['bytes_per_s'] / 1e9:,.1f}",
-        f"{100 * row['copy_share']:.0f} %",
+        _short(row["bytes_per_s"] / 1e9),
+        f"{100 * row['copy_share']:.0f}",
         f"{row['state_bytes']:.2f}",
         *([f"{row['peak_bytes']:.2f}", f"{1e6 * row['host_s']:,.0f}"] if on_gpu else []),
         f"{row['first_step_s']:.2f}",

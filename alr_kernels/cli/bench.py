@@ -88,11 +88,10 @@ def _measure(names: list[str], device: str, scale: float, full: bool, compile: s
     from ..benchmark.shapes import shapes_of
     from ..benchmark.stamp import stamp
     from ..benchmark.suite import run_set
-    from ..benchmark.table import WIDTH, show
+    from ..benchmark.table import NARROW, WIDTH, show
 
     console = Console()
-    if not console.is_terminal or console.width > WIDTH:
-        console = Console(width=WIDTH)
+    console = Console(width=max(NARROW, min(console.width, WIDTH)) if console.is_terminal else WIDTH)
     results: dict[str, Any] = {"alr_kernels": stamp(), "sets": []}
     for name in names:
         share = scale * (CPU_SCALE.get(name, 1.0) if device == "cpu" else 1.0)

@@ -40,7 +40,7 @@ def write(results: Path, target: Path) -> Path:
         _panel(place, entry, rows)
     axes[-1, 0].set_xlabel(
         f"time of a step, × {BASELINE} in the same round: median, 20th to 80th percentile\n"
-        f"blue: bytes to move, × the baseline's. {_where(loaded)}",
+        f"blue: bytes to move, × the baseline's\n{_where(loaded)}",
         fontsize=8,
     )
     figure.tight_layout()
@@ -57,12 +57,13 @@ def _panel(axes: Any, entry: dict[str, Any], rows: list[dict[str, Any]]) -> None
     limit = min(LONGEST, 1.05 * max(high for _, _, high in ratios))
     for place, (row, (median, low, high)) in enumerate(zip(rows, ratios, strict=True)):
         colour = OURS if row["ours"] else REFERENCE if row["name"] == BASELINE else RIVAL
+        bytes_ratio = row["bytes_per_element"] / base
         axes.barh(place, median, color=colour, height=0.65, xerr=[[median - low], [high - median]], error_kw=ERRORS)
-        axes.plot(row["bytes_per_element"] / base, place, "|", color=BYTES, markersize=9, markeredgewidth=2)
+        axes.plot(bytes_ratio, place, "|", color=BYTES, markersize=9, markeredgewidth=2)
         inside = high > 0.98 * limit
         axes.annotate(
             f"{median:.2f}   {1e3 * row['median_s']:.3g} ms, {100 * row['copy_share']:.0f} % of a copy",
-            (0.98 * limit if inside else high, place),
+            (0.98 * limit if inside else max(high, bytes_ratio), place),
             xytext=(0 if inside else 6, 0),
             textcoords="offset points",
             ha="right" if inside else "left",

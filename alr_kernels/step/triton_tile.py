@@ -246,6 +246,6 @@ def step_tile(p, first, left, s, sums, BUILD: tl.constexpr, SIZE: tl.constexpr):
         store(p.path_integral, t, x.path_integral - x.g * (stored - x.before), BUILD)
     if BUILD.statistics:
         there = None if left is None else t.rows * 128 + t.columns < left
-        return f.add_statistics(sums, x, y.denom, s.lr, there, BUILD)
+        return f.add_statistics(sums, x, y.denom, s.lr, there, BUILD.importance is not None)
     else:
         return sums
