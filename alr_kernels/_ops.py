@@ -19,6 +19,7 @@ from .importance import reference as importance_reference
 from .step import native as step_native
 from .step import reference as step_reference
 from .step import triton_kernel as step_triton
+from .step.formats import needs_noise
 from .step.plan import MUTATED, Numbers, Operands, Options
 
 if TYPE_CHECKING:
@@ -97,13 +98,14 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _in_layout(
-    columns: dict[str, Sequence[Tensor]], mutated: Iterable[str]
+    columns: dict[str, Sequence[Tensor]], mutated: Iterable[str], contiguous: bool = False
 ) -> tuple[dict[str, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
     """Make every row of operands share one dense layout.
 
-    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout, or hold codes (whose
-    blocks run along the last dimension) and are not contiguous, are replaced by contiguous copies; the second result
-    lists (original, copy) pairs to write back after the kernel.
+    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout are replaced by contiguous
+    copies; so are rows that are not contiguous and hold codes, whose blocks run along the last dimension, and with
+    ``contiguous`` all that are not: random bits are numbered in order. The second result lists (original, copy) pairs
+    to write back after the kernel.
     """
     if all(all(map(_is_contiguous, tensors)) for tensors in columns.values()):
         return columns, []
@@ -112,8 +114,8 @@ def _in_layout(
     present = [name for name, tensors in result.items() if tensors]
     for i in range(len(result[present[0]]) if present else 0):
         row = [result[name][i] for name in present]
-        has_codes = any(tensor.shape != row[0].shape for tensor in row)
-        if all(map(_is_contiguous, row)) if has_codes else _same_dense_layout(row):
+        in_order = contiguous or any(tensor.shape != row[0].shape for tensor in row)
+        if all(map(_is_contiguous, row)) if in_order else _same_dense_layout(row):
             continue
         for name in present:
             original = result[name][i]
@@ -139,7 +141,7 @@ def _step_eager(
     columns: Any = {**operands._asdict(), "grads": [grad.resolve_neg() for grad in operands.grads]}
     write_back: list[tuple[Tensor, Tensor]] = []
     if chosen != "reference":  # the reference indexes logically and takes any strides
-        columns, write_back = _in_layout(columns, MUTATED)
+        columns, write_back = _in_layout(columns, MUTATED, needs_noise(operands, options))
     _STEP[chosen](Operands(**columns), numbers, options, statistics)
     for original, copy in write_back:
         original.copy_(copy)

@@ -57,11 +57,12 @@ ALR_HOST_DEVICE F magnitude(F x) {
   return bits_float<F>(float_bits(x) & 0x7fffffffu);
 }
 
-// sqrt(x) of x >= 0 to 5e-6: a first guess by its exponent, two Newton steps of 1 / sqrt(x).
+// sqrt(x) of x >= 0 to 3e-7: a first guess by its exponent, three Newton steps of 1 / sqrt(x).
 template <typename F>
 ALR_HOST_DEVICE F approximate_sqrt(F x) {
   const F half = x * 0.5f;
-  F y = bits_float<F>(0x5f375a86u - Bits<F>(Int<F>(float_bits(x)) >> 1));
+  F y = bits_float<F>(0x5f37642fu - Bits<F>(Int<F>(float_bits(x)) >> 1));
+  y = y * (1.5f - half * y * y);
   y = y * (1.5f - half * y * y);
   y = y * (1.5f - half * y * y);
   return x * y;

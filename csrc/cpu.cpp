@@ -135,6 +135,7 @@ void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScal
   for (size_t i = 0; i < chunks.size(); ++i) {
     add_statistics(statistics + chunks[i].tensor * kStepStatistics, &partials[i * kStepStatistics]);
   }
+  for (size_t i = 0; i < tensors.size(); ++i) statistics[i * kStepStatistics] *= 0.5;  // the penalty
 }
 
 void accumulate_cpu(const std::vector<AccumulateTensor>& tensors, float grad_sign, int num_threads) {

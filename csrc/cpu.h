@@ -32,21 +32,21 @@ struct StepFormats {
 };
 
 struct StepTensor {
-  void* param;                       // [numel], mutated
-  int16_t* remainder;                // [numel], mutated, or null unless the param is split
-  const void* grad;                  // [numel]
-  void* exp_avg;                     // [numel], mutated
-  void* exp_avg_sq;                  // [numel], mutated
-  float* exp_avg_scales;             // [numel / kBlock], mutated, or null unless moments are codes
-  float* exp_avg_sq_scales;          // [numel / kBlock], mutated, or null unless moments are codes
-  const void* importance;            // [numel], or null without penalty
-  const uint16_t* importance_scales; // [numel / kBlock] bf16, or null unless importance is codes
-  const void* anchor;                // [numel], or null without penalty
-  float* path_integral;              // [numel], mutated, or null without recording
-  int64_t numel;                     // a multiple of kBlock where anything is codes
+  void* param;                        // [numel], mutated
+  int16_t* remainder;                 // [numel], mutated, or null unless params are split
+  const void* grad;                   // [numel]
+  void* exp_avg;                      // [numel], mutated
+  void* exp_avg_sq;                   // [numel], mutated
+  float* exp_avg_scales;              // [numel / kBlock], mutated, or null unless moments are codes
+  float* exp_avg_sq_scales;           // [numel / kBlock], mutated, or null unless moments are codes
+  const void* importance;             // [numel], 4-bit codes [numel / 2], or null without penalty
+  const uint16_t* importance_scales;  // [numel / kBlock] bf16, or null unless importance is codes
+  const void* anchor;                 // [numel], or null without penalty
+  float* path_integral;               // [numel], mutated, or null without recording
+  int64_t numel;                      // a multiple of kBlock where anything is codes
   float curvature_scale;
-  uint32_t key;                      // of the random generator, in this step
-  int scalars;                       // index into the table of StepScalars
+  uint32_t key;  // of the random generator, in this step
+  int scalars;   // index into the table of StepScalars
 };
 
 struct StepOptions {
@@ -110,9 +110,14 @@ struct CpuKernels {
   void from_float_range(const float*, void*, int, int64_t);                                         \
   void encode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
   void decode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
-  constexpr CpuKernels kKernels{{step_range_fast, step_range_precise}, accumulate_range,        move_sq_sum_range,       \
-                                finalise_range,   to_float_range,          from_float_range,        \
-                                encode_importance_range, decode_importance_range};                  \
+  constexpr CpuKernels kKernels{{step_range_fast, step_range_precise},                              \
+                                accumulate_range,                                                   \
+                                move_sq_sum_range,                                                  \
+                                finalise_range,                                                     \
+                                to_float_range,                                                     \
+                                from_float_range,                                                   \
+                                encode_importance_range,                                            \
+                                decode_importance_range};                                           \
   }
 
 ALR_DECLARE_CPU_KERNELS(cpu_default)

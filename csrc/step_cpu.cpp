@@ -1,9 +1,12 @@
 // The step's loops. Compiled once per instruction set, with ALR_CPU_NAMESPACE naming the copy, and
-// twice for each: precise, and (ALR_PRECISE 0) with contraction into fused multiply-adds. No standard library code here: the linker could pick a copy of it that needs AVX for everyone.
+// twice for each: precise, and (ALR_PRECISE 0) with contraction into fused multiply-adds. No standard
+// library code here: the linker could pick a copy of it that needs AVX for everyone.
 //
-// One loop serves every form of storage: what an operand is kept as is asked anew for each vector. Such branches
-// always go the same way and run beside the arithmetic, which is what limits a step in few bytes; a loop for every
-// combination would be thousands of loops, and one pass per operand costs a tenth more (AVX-512, 11/2026).
+// One loop serves every form of storage: what an operand is kept as is asked anew for each vector. Such
+// branches always go the same way and run beside the arithmetic, which is what limits a step in few
+// bytes; a loop for every combination would be thousands of loops, and a pass over a tile per operand is
+// no faster (AVX-512, 11/2026). Divisions and square roots are IEEE in both: rcp14 and rsqrt14 with a
+// Newton step are more operations than they save. Prefetching gained nothing either.
 #include "cpu.h"
 #include "simd.h"
 
@@ -25,14 +28,13 @@ using Scalars = StepScalars<V>;
 struct Loop {
   StepTensor t;
   StepFormats formats;
-  int64_t first;     // index of element 0 of `t` in its tensor, for the random generator
-  bool scaled;       // whether gradients are: not times 1
-  I live;            // lanes that count for the statistics
-  V* statistics;     // [kStepStatistics] sums of this tile, or null
+  int64_t first;  // index of element 0 of `t` in its tensor, for the random generator
+  bool scaled;    // whether gradients are, by anything but 1
+  V* statistics;  // [kStepStatistics] sums of this tile, or null
 };
 
-// Fewest bytes, most arithmetic: here the branches cost, 4 % with AVX-512 and 16 % with AVX2, so that this one
-// combination (any importance) has a loop of its own.
+// Fewest bytes, most arithmetic: here the branches cost, 4 % with AVX-512 and 16 % with AVX2, so that
+// this one combination (with any importance) has a loop of its own.
 ALR_HOST_DEVICE StepFormats narrow(StepFormats f) { return {kSplit, kBFloat16, kCodes8, f.importance, kBFloat16}; }
 
 ALR_HOST_DEVICE bool is_narrow(StepFormats f) {
@@ -41,8 +43,9 @@ ALR_HOST_DEVICE bool is_narrow(StepFormats f) {
 
 ALR_HOST_DEVICE V load_as(int format, const void* from, int64_t i) {
   if (format == kFloat32) return load_float(static_cast<const float*>(from) + i);
-  const uint16_t* narrow = static_cast<const uint16_t*>(from) + i;
-  return format == kFloat16 ? load_float16(narrow) : load_bfloat16(narrow);
+  const uint16_t* halves = static_cast<const uint16_t*>(from) + i;
+  if (format == kFloat16) return load_float16(halves);
+  return load_bfloat16(halves);
 }
 
 ALR_HOST_DEVICE V load_param(const Loop& l, int64_t i) {
@@ -98,7 +101,7 @@ ALR_HOST_DEVICE V load_curvature(const Loop& l, const BlockScales& b, V curvatur
   return curvature(fourth_power(Number<V>::of(codes), b.importance), curvature_scale);
 }
 
-ALR_HOST_DEVICE BlockScales load_scales(const Loop& l, const Scalars& s, int64_t block) {
+ALR_HOST_DEVICE BlockScales load_scales(const Loop& l, [[maybe_unused]] const Scalars& s, int64_t block) {
   BlockScales b{};
   if (l.formats.moments == kCodes8) {
     b.exp_avg = splat(l.t.exp_avg_scales[block] * kExpAvgUnit);
@@ -111,7 +114,6 @@ ALR_HOST_DEVICE BlockScales load_scales(const Loop& l, const Scalars& s, int64_t
     b.importance = curvature(fourth_power(Number<V>::of(lanes()), b.importance), s.curvature_scale);
 #endif
   }
-  (void)s;
   return b;
 }
 
@@ -134,13 +136,11 @@ struct Waiting {
   float exp_avg_sq_peak[kTile / kBlock];
 };
 
-// Adds a vector to the sums of a tile; `live` says which lanes count.
 template <int kMode>
-ALR_HOST_DEVICE void add_vector(V* sums, I live, const Scalars& s, V before, V g, V anchor, V k, V denom) {
+ALR_HOST_DEVICE void add_vector(V* sums, const Scalars& s, V before, V g, V anchor, V k, V denom) {
   const StepStatistics<V> row = statistics_element<kMode>(before, g, anchor, k, s.lr, denom);
   for (int j = 0; j < kStepStatistics; ++j) {
-    const V counted = V(I(row.at[j]) & live);
-    sums[j] = j == kStiffness ? stiffer(sums[j], counted) : sums[j] + counted;
+    sums[j] = j == kStiffness ? stiffer(sums[j], row.at[j]) : sums[j] + row.at[j];
   }
 }
 
@@ -185,7 +185,7 @@ ALR_HOST_DEVICE void step_block(const Loop& l, const Scalars& s, int64_t begin, 
       float* path_integral = l.t.path_integral + i;
       store_float(path_integral, record_element(load_float(path_integral), g, stored, before));
     }
-    if (l.statistics) add_vector<kMode>(l.statistics, l.live, s, before, g, anchor, k, to.denom);
+    if (l.statistics) add_vector<kMode>(l.statistics, s, before, g, anchor, k, to.denom);
   }
   if (moments == kCodes8) {
     w.exp_avg_peak[(begin - tile) / kBlock] = largest(exp_avg_peak);
@@ -251,39 +251,42 @@ void step_vectors(const Loop& l, const Scalars& s, int mode, int64_t begin, int6
   step_mode<kProximal>(l, s, begin, end, sums);
 }
 
-// The last elements, fewer than a vector: stepped in a copy that is one vector long.
+// A few elements of an operand, in a copy that is one vector long.
+struct Copy {
+  char* original = nullptr;
+  size_t bytes = 0;
+  alignas(64) char values[4 * kLanes] = {};
+};
+
+template <typename T>
+ALR_HOST_DEVICE void move_to(Copy& copy, T*& operand, int64_t begin, int64_t count, int format) {
+  if (!operand) return;
+  const int64_t width = format == kFloat32 ? 4 : 2;
+  copy.original = const_cast<char*>(reinterpret_cast<const char*>(operand)) + begin * width;
+  copy.bytes = size_t(count * width);
+  memcpy(copy.values, copy.original, copy.bytes);
+  operand = reinterpret_cast<T*>(copy.values);
+}
+
+// The last elements, fewer than a vector; never codes. What is beyond them adds nothing to the statistics.
 void step_rest(Loop l, const Scalars& s, const StepOptions& o, int64_t begin, int64_t count, double* sums) {
   StepTensor& t = l.t;
-  const int param = o.formats.param == kFloat32 ? 4 : 2, moment = o.formats.moments == kFloat32 ? 4 : 2;
-  const struct {
-    void** operand;
-    int width;
-    bool mutated;
-  } roles[] = {
-      {&t.param, param, true},
-      {reinterpret_cast<void**>(&t.remainder), 2, true},
-      {const_cast<void**>(&t.grad), o.formats.grad == kFloat32 ? 4 : 2, false},
-      {&t.exp_avg, moment, true},
-      {&t.exp_avg_sq, moment, true},
-      {const_cast<void**>(&t.importance), o.formats.importance == kFloat32 ? 4 : 2, false},
-      {const_cast<void**>(&t.anchor), o.formats.anchor == kFloat32 ? 4 : 2, false},
-      {reinterpret_cast<void**>(&t.path_integral), 4, true},
-  };
-  constexpr int kRoles = sizeof(roles) / sizeof(roles[0]);
-  alignas(64) char copies[kRoles][4 * kLanes] = {};
-  char* originals[kRoles];
-  for (int r = 0; r < kRoles; ++r) {
-    originals[r] = static_cast<char*>(*roles[r].operand);
-    if (!originals[r]) continue;
-    originals[r] += begin * roles[r].width;
-    memcpy(copies[r], originals[r], size_t(count * roles[r].width));
-    *roles[r].operand = copies[r];
-  }
+  const StepFormats& f = l.formats;
+  Copy param, remainder, grad, exp_avg, exp_avg_sq, importance, anchor, path_integral;
+  for (size_t j = 0; j < sizeof(exp_avg_sq.values); j += 2) memcpy(exp_avg_sq.values + j, "\x80\x3f", 2);  // v = 1
+  move_to(param, t.param, begin, count, f.param);
+  move_to(remainder, t.remainder, begin, count, kSplit);
+  move_to(grad, t.grad, begin, count, f.grad);
+  move_to(exp_avg, t.exp_avg, begin, count, f.moments);
+  move_to(exp_avg_sq, t.exp_avg_sq, begin, count, f.moments);
+  move_to(importance, t.importance, begin, count, f.importance);
+  move_to(anchor, t.anchor, begin, count, f.anchor);
+  move_to(path_integral, t.path_integral, begin, count, kFloat32);
   l.first = begin;
-  l.live = lanes() < int32_t(count);
   step_vectors(l, s, o.mode, 0, kLanes, sums);
-  for (int r = 0; r < kRoles; ++r) {
-    if (originals[r] && roles[r].mutated) memcpy(originals[r], copies[r], size_t(count * roles[r].width));
+  const Copy* mutated[] = {&param, &remainder, &exp_avg, &exp_avg_sq, &path_integral};
+  for (const Copy* copy : mutated) {
+    if (copy->original) memcpy(copy->original, copy->values, copy->bytes);
   }
 }
 
@@ -295,7 +298,7 @@ void ALR_STEP_RANGE(const StepTensor& t, const StepScalars<float>& scalars, cons
                   splat(scalars.beta2),       splat(scalars.one_minus_beta2), splat(scalars.eps),
                   splat(scalars.step_size),   splat(scalars.rsqrt_bias2),     splat(scalars.grad_scale),
                   splat(scalars.clip),        splat(t.curvature_scale)};
-  const Loop l{t, o.formats, 0, scalars.grad_scale != 1.0f || scalars.clip != 1.0f, I{} - 1, nullptr};
+  const Loop l{t, o.formats, 0, scalars.grad_scale != 1.0f || scalars.clip != 1.0f, nullptr};
   const int64_t whole = begin + (end - begin) / kLanes * kLanes;
   if (begin < whole) step_vectors(l, s, o.mode, begin, whole, sums);
   if (whole < end) step_rest(l, s, o, whole, end - whole, sums);

@@ -83,7 +83,8 @@ ALR_HOST_DEVICE F record_element(F path_integral, F g, F stored_after, F before)
   return path_integral - g * (stored_after - before);
 }
 
-// Columns in the order of STATISTICS in alr_kernels/step/plan.py: sums over elements, stiffness a maximum.
+// Columns in the order of STATISTICS in alr_kernels/step/plan.py: sums over elements, stiffness a maximum, and the
+// penalty twice what it is until step_cpu() halves it.
 constexpr int kStepStatistics = 6;
 constexpr int kStiffness = 4;
 
@@ -96,7 +97,7 @@ template <int kMode, typename F>
 ALR_HOST_DEVICE StepStatistics<F> statistics_element(F before, F g, F anchor, F k, F lr, F denom) {
   if (kMode == kPlain) return {{F{}, g * g}};
   const F drift = before - anchor, pull = k * drift;
-  return {{0.5f * (pull * drift), g * g, pull * pull, g * pull, k * lr / denom, drift * drift}};
+  return {{pull * drift, g * g, pull * pull, g * pull, k * lr / denom, drift * drift}};
 }
 
 // The larger of two stiffnesses, which are positive or NaN: as bits, where NaN is the largest.

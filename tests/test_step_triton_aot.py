@@ -8,18 +8,21 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from test_step_formats import pairwise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
 from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
-from alr_kernels.step import triton_kernel  # noqa: E402
-from alr_kernels.step.plan import StepScalars  # noqa: E402
+from alr_kernels.step import plan, tables, triton_kernel, triton_tile  # noqa: E402
+from alr_kernels.step.triton_math import Build  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     bool(triton.knobs.runtime.interpret), reason="TRITON_INTERPRET=1 is set: nothing compiles under the interpreter"
@@ -27,106 +30,183 @@ pytestmark = pytest.mark.skipif(
 
 CUDA = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)}
 GFX942 = GPUTarget("hip", "gfx942", 64)
-PENALTY = {"none": (False, 0), "coupled": (True, 0), "proximal": (True, 1)}
-DTYPES = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("bf16", "fp32"))  # parameter, gradient
-MAX_REGISTERS = 72  # 64 at most with Triton 3.9, 66 with 3.6 on sm_100
+FLOATS = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp16": tl.float16} if triton else {}
+CHOICES = {
+    "param": ("fp32", "bf16", "fp16", "split", "stochastic"),
+    "grad": ("fp32", "bf16", "fp16"),
+    "moments": ("fp32", "bf16", "int8"),
+    "importance": ("fp32", "none", "bf16", "int8", "int4"),
+    "anchor": ("fp32", "bf16", "fp16"),
+    "mode": plan.MODES,
+    "record": (True, False),
+    "precise": (True, False),
+    "statistics": (False, True),
+    "maximize": (False, True),
+}
+PLAIN = {name: values[0] for name, values in CHOICES.items()} | {"record": False, "mode": "proximal"}
+BF16 = {"param": "bf16", "grad": "bf16", "anchor": "bf16"}
+FEW_BYTES = BF16 | {"param": "split", "moments": "int8", "importance": "int4"}
+USUAL = {
+    "fp32": PLAIN,
+    "bf16": PLAIN | BF16,
+    "few bytes": PLAIN | FEW_BYTES,
+    "few bytes, fast": PLAIN | FEW_BYTES | {"precise": False},
+    "most": PLAIN | FEW_BYTES | {"importance": "int8", "record": True, "statistics": True},
+}
 
-# Every flag combination on sm_90 in float32; every dtype with every mode, recording, on sm_90; the largest kernel
-# of every dtype on the other targets.
+
+def build_of(param, grad, moments, importance, anchor, **flags):
+    """Return what the launcher would compile for operands of these forms."""
+    moment = (tl.int8, tl.uint8) if moments == "int8" else (FLOATS[moments],) * 2
+    master = param if param in plan.MASTERS else "none"
+    codes = {"int8": 8, "int4": 4}
+    penalty = {"importance": FLOATS.get(importance, tl.uint8), "bits": codes.get(importance, 0)}
+    penalty["anchor"] = FLOATS[anchor]
+    if importance == "none":
+        penalty, flags = {}, flags | {"mode": "none"}
+    return Build(FLOATS.get(param, tl.bfloat16), FLOATS[grad], *moment, master=master, **penalty, **flags)
+
+
+# Every pair of choices on sm_90, the usual ones everywhere.
 BUILDS = sorted(
-    {("sm_90", mode, record, maximize, "fp32", "fp32") for mode in PENALTY for record in (0, 1) for maximize in (0, 1)}
-    | {("sm_90", mode, 1, 0, *dtypes) for mode in PENALTY for dtypes in DTYPES}
-    | {(arch, "proximal", 1, 0, *dtypes) for arch in CUDA for dtypes in DTYPES}
+    {("sm_90", build_of(**row)) for row in pairwise(CHOICES)}
+    | {(target, build_of(**row)) for target in CUDA for row in USUAL.values()},
+    key=str,
 )
 
 
+def name_of(case):
+    target, build = case
+    fields = (str(value).replace("triton.language.", "") for value in build[:-2] if value not in (False, 0, None))
+    return "-".join((target, *fields))
+
+
 @functools.cache
-def build(target, mode, record, maximize, param, grad, aligned=True):
-    """Compile the kernel as ``triton_kernel._launch`` would."""
-    has_penalty, mode_index = PENALTY[mode]
-    constants = {
-        "HAS_PENALTY": has_penalty,
-        "MODE": mode_index,
-        "RECORD": bool(record),
-        "MAXIMIZE": bool(maximize),
-        "ALIGNED": aligned,
-        "BLOCK": triton_kernel.BLOCK,
-    }
-    pointers = {
-        "param_ptr": param,
-        "grad_ptr": grad,
-        "exp_avg_ptr": "fp32",
-        "exp_avg_sq_ptr": "fp32",
-        "importance_ptr": "fp32" if has_penalty else None,
-        "anchor_ptr": param if has_penalty else None,
-        "path_integral_ptr": "fp32" if record else None,
-    }
-    signature = {}
-    for name in triton_kernel.step_kernel.arg_names:
-        if pointers.get(name):
-            signature[name] = "*" + pointers[name]
-        elif name in pointers:
-            constants[name] = None
-            signature[name] = "constexpr"
-        elif name in constants:
-            signature[name] = "constexpr"
-        else:
-            signature[name] = "i64" if name == "numel" else "fp32"
+def compiled(target, build):
+    """Compile the kernel as the launcher would."""
     gpu = GFX942 if target == "gfx942" else CUDA[target]
+    options = dict(triton_kernel.launch_options(build, nvidia=target != "gfx942"))
+    constants = {"BUILD": build} | {name: options.pop(name) for name in ("CHUNK", "TILE", "TAIL")}
+    if not build.statistics:
+        constants["partial_ptr"] = None
+    types = {"table_ptr": "*i64", "chunk_ptr": "*i64", "stride": "i64", "first_program": "i64"}
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "*fp64")
+        for name in triton_kernel.step_kernel.arg_names
+    }
     return triton.compile(
         ASTSource(triton_kernel.step_kernel, signature, constants, {}),
         target=gpu,
-        options=triton_kernel.OPTIONS | {"num_warps": triton_kernel.THREADS // gpu.warp_size},
+        options=options | {"num_warps": triton_kernel.THREADS // gpu.warp_size},
     )
 
 
-def tensors(mode, record, *dtypes):
-    """Return the bytes an element of every loaded and every stored tensor."""
-    width = {"fp32": 4, "bf16": 2, "fp16": 2}
-    param, grad = (width[dtype] for dtype in dtypes)
-    loads = [param, grad, 4, 4] + ([param, 4] if mode != "none" else []) + [4] * record
-    return loads, [param, 4, 4] + [4] * record
+def operands(build):
+    """Return (bits an element of what is loaded, of what is stored); and the same of block scales."""
+    width = {role: getattr(build, role).primitive_bitwidth for role in ("param", "grad", "exp_avg", "exp_avg_sq")}
+    loads, stores = list(width.values()), [width["param"], width["exp_avg"], width["exp_avg_sq"]]
+    scales, stored_scales = [], []
+    if build.importance is not None:
+        loads += [build.bits or build.importance.primitive_bitwidth, build.anchor.primitive_bitwidth]
+        scales += [16] if build.bits else []
+    if build.exp_avg == tl.int8:
+        scales, stored_scales = [*scales, 32, 32], [32, 32]
+    extra = [32] * build.record + [16] * (build.master == "split")
+    return (loads + extra, scales), (stores + extra, stored_scales)
 
 
-def accesses(ptx, kind):
-    """Return {"v4.b32": n, "v2.b32": n, ...}: the vector accesses, all of them in the mask-free main body."""
-    found: dict[str, int] = {}
-    for line in ptx.splitlines():
-        match = re.match(rf"\s*(@%p\d+\s+)?{kind}\.global\.((?:v\d\.)?b\d+)", line)
-        if match and "v" in match[2]:
-            found[match[2]] = found.get(match[2], 0) + 1
+def expected_accesses(build):
+    """Return the accesses of a tile: 128 bits for operands of 2 and 4 bytes, all of a thread's codes at once."""
+    options = triton_kernel.launch_options(build, nvidia=True)
+    elements = options["TILE"] // options["TAIL"]
+    found = []
+    for widths, scales in operands(build):
+        count = Counter({f"b{bits}": n for bits, n in Counter(scales).items()})
+        for bits in widths:
+            if bits >= 16:
+                count["v4.b32"] += elements * bits // 128
+            else:
+                count[{64: "v2.b32", 32: "b32"}[elements * bits]] += 1
+        found.append(count)
     return found
 
 
-@pytest.mark.parametrize("case", BUILDS, ids=lambda case: "-".join(map(str, case)))
-def test_cuda(case, tmp_path):
-    kernel = build(*case)
-    ptx = kernel.asm["ptx"]
-    _, mode, record, _, *dtypes = case
-    assert triton_kernel.BLOCK == 4 * triton_kernel.THREADS, "the widths below are those of 4 elements a thread"
-    for kind, widths in zip(("ld", "st"), tensors(mode, record, *dtypes), strict=True):
-        wanted = {"v4.b32": widths.count(4), "v2.b32": widths.count(2)}
-        assert accesses(ptx, kind) == {width: count for width, count in wanted.items() if count}
+def loops(ptx):
+    """Return the text of each loop: from a label to the branch back to it."""
+    lines, labels, found = ptx.splitlines(), {}, []
+    for number, line in enumerate(lines):
+        if match := re.match(r"(\$L\w+):", line):
+            labels[match[1]] = number
+        elif (match := re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)) and match[1] in labels:
+            found.append("\n".join(lines[labels[match[1]] : number + 1]))
+    return found
 
-    # One IEEE division and root an element, two in the proximal step; main body and tail.
-    divisions = 2 * 4 * (2 if mode == "proximal" else 1)
-    assert len(re.findall(r"div\.rn\.f32", ptx)) == divisions
-    assert len(re.findall(r"sqrt\.rn\.f32", ptx)) == 2 * 4
-    assert not re.findall(r"div\.(?!rn\.f32)\S*f32|sqrt\.approx\S*|rcp\.\S*|\.ftz\S*", ptx)
-    assert not re.findall(r"\bfma\.\S*|\bmad\.\S*f32", ptx)
-    contractible = re.findall(r"\b(?:add|sub|mul)\.f32", ptx)
-    assert not contractible, "without .rn ptxas may contract them"
 
-    # bfloat16 is rounded by integers, float16 by the one instruction that rounds to nearest even.
-    conversions = {instruction for instruction in re.findall(r"\bcvt\.\S+", ptx) if "f16" in instruction}
-    assert conversions == ({"cvt.rn.f16.f32", "cvt.f32.f16"} if "fp16" in dtypes else set())
+def accesses(text):
+    """Return how often each width is loaded from and stored to global memory."""
+    return [Counter(re.findall(rf"\b{kind}\.global\.(?:\w+::\w+\.)*((?:v\d\.)?b\d+)", text)) for kind in ("ld", "st")]
 
-    assert ".local" not in ptx
+
+def main_loop_accesses(kernel):
+    """Return the accesses of the loop over whole tiles; the other ones are the tail's and that of the powers."""
+    found = [accesses(text) for text in loops(kernel.asm["ptx"]) if ".global." in text]
+    assert len(found) == 2, "a loop over whole tiles and one over what is left"
+    return found[0]
+
+
+@pytest.mark.parametrize("case", BUILDS, ids=name_of)
+def test_memory_accesses(case):
+    kernel, (_, build) = compiled(*case), case
+    assert main_loop_accesses(kernel) == expected_accesses(build)
+    assert not re.findall(r"\b(?:ld|st)\.local|\.local\b", kernel.asm["ptx"])
+
+
+def test_unaligned_operands_fail_the_check():
+    """The check above finds narrow accesses where there are some."""
+    build = build_of(**PLAIN | FEW_BYTES)
+    found = main_loop_accesses(compiled("sm_90", build._replace(aligned=False)))
+    assert found != expected_accesses(build)
+    assert not any("v" in width for count in found for width in count), "nothing is known of their addresses"
+    assert found[0]["b16"] >= 8 * 4
+
+
+@pytest.mark.parametrize("case", BUILDS, ids=name_of)
+def test_arithmetic(case):
+    ptx, (_, build) = compiled(*case).asm["ptx"], case
+    # Contraction: ptxas may fuse what does not say .rn.
+    assert not re.findall(r"\bfma\.\S*|\bmad\.\S*f\d+", ptx)
+    assert not re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)", ptx)
+    # The scalars' division and root, as on the host.
+    assert not re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?!rn)\S*f64", ptx)
+    approximate = re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?!rn\.f32)\S*f32", ptx)
+    if build.precise:
+        elements = triton_kernel.launch_options(build, nvidia=True)["TILE"] // triton_kernel.THREADS + 1  # and the tail
+        stiffness = elements if build.statistics and build.importance is not None else 0
+        assert Counter(approximate) == Counter({"rsqrt.approx.ftz.f32": stiffness} if stiffness else {})
+        rows = 1 if build.exp_avg == tl.int8 else 0  # a thread's elements lie in one block
+        assert len(re.findall(r"\bdiv\.rn\.f32", ptx)) == elements + 2 * 2 * rows
+        assert len(re.findall(r"\bsqrt\.rn\.f32", ptx)) == elements + 2 * rows
+    else:
+        assert not re.findall(r"\b(?:div|sqrt)\.rn\.f32", ptx)
+        assert set(approximate) == {"rsqrt.approx.ftz.f32", "sqrt.approx.ftz.f32"}
+
+
+@pytest.mark.parametrize("case", BUILDS, ids=name_of)
+def test_registers(case, tmp_path):
+    kernel, (target, build) = compiled(*case), case
     usage = resource_usage(kernel, tmp_path)
     assert usage["LOCAL"] == 0
-    assert usage["STACK"] <= 8  # 0 everywhere, but 8 bytes on sm_100 with the ptxas of Triton 3.6
-    assert usage["REG"] <= MAX_REGISTERS
-    assert kernel.metadata.shared == 0, "operands of one element meet in one thread"
+    # 0 everywhere, but 8 bytes in one build in twenty with one ptxas or the other
+    assert usage["STACK"] <= (0 if target == "sm_90" else 8)
+    assert usage["REG"] <= triton_kernel.launch_options(build, nvidia=True).get("maxnreg", 128)
+    assert kernel.metadata.shared <= 4096, "one tile of one float32 operand"
+
+
+@pytest.mark.parametrize(("form", "programs"), [("fp32", 6), ("bf16", 4), ("few bytes", 4), ("few bytes, fast", 4)])
+def test_occupancy(form, programs, tmp_path):
+    """So many programs of 128 threads fit the 65,536 registers of a multiprocessor."""
+    registers = resource_usage(compiled("sm_90", build_of(**USUAL[form])), tmp_path)["REG"]
+    assert 65536 // (128 * (-(-registers // 8) * 8)) >= programs
 
 
 def resource_usage(kernel, tmp_path):
@@ -141,69 +221,75 @@ def resource_usage(kernel, tmp_path):
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", result.stdout)}
 
 
-def test_unaligned_operands_are_not_read_in_vectors():
-    ptx = build("sm_90", "proximal", 1, 0, "fp32", "fp32", aligned=False).asm["ptx"]
-    assert accesses(ptx, "ld") == accesses(ptx, "st") == {}
-
-
-@pytest.mark.parametrize(
-    ("mode", "dtypes"), [*(("proximal", dtypes) for dtypes in DTYPES), ("none", DTYPES[0]), ("coupled", DTYPES[0])]
-)
-def test_rocm(mode, dtypes):
-    kernel = build("gfx942", mode, 1, 0, *dtypes)
+@pytest.mark.parametrize("form", USUAL)
+def test_rocm(form):
+    build = build_of(**USUAL[form])
+    kernel = compiled("gfx942", build)
     assert kernel.asm["hsaco"][:4] == b"\x7fELF"
     assembly = kernel.asm["amdgcn"]
-    loads, stores = tensors(mode, 1, *dtypes)
-    assert len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)) == loads.count(4)
-    assert len(re.findall(r"(?:global|buffer)_store_dwordx4", assembly)) == stores.count(4)
+    for kind, count in zip(("load", "store"), expected_accesses(build), strict=True):
+        assert len(re.findall(rf"(?:global|buffer)_{kind}_dwordx4", assembly)) >= count["v4.b32"]
     assert re.search(r"\.private_segment_fixed_size:\s+0\b", assembly), "the kernel spills"
 
 
 def test_offsets_are_64_bit():
-    """Beyond 2^31 elements program_id · BLOCK needs 64 bits: widen first, multiply then."""
-    ttir = build("sm_90", "proximal", 1, 0, "fp32", "fp32").asm["ttir"]
-    program = re.search(r"(%\w+) = tt\.get_program_id x : i32", ttir)[1]
-    uses = [line for line in ttir.splitlines() if re.search(rf"{re.escape(program)}\b", line)][1:]
-    assert len(uses) == 1
-    assert re.search(r"arith\.extsi .* i32 to i64", uses[0])
-    assert "%numel: i64" in ttir
+    """Chunk times its size, and every offset from an operand's address that varies by program, in 64 bits."""
+    build = build_of(**PLAIN | FEW_BYTES)
+    ttir = re.sub(r" loc\(.*?\)$", "", compiled("sm_90", build).asm["ttir"], flags=re.MULTILINE)
+    assert re.search(rf"arith\.muli %\w+, %c{triton_kernel.CHUNK}_i64 : i64", ttir)
+    offsets = re.findall(r"tt\.addptr %\w+, %\w+ (?:\{.*?\} )?: !tt\.ptr<(?:bf16|i8|i16|f32)>, (i\d+)", ttir)
+    assert len(offsets) == 2 * 10, "ten operands, in whole tiles and in what is left"
+    assert set(offsets) == {"i64"}
+
+
+def test_roles_are_in_the_order_of_the_table():
+    singular = [re.sub(r"_sqs", "_sq", name).removesuffix("s") for name in plan.Operands._fields]
+    assert list(triton_tile.Pointers._fields) == singular
+    assert len(tables.COLUMNS) == 16
+    assert (tables.STEP, tables.NUMEL, tables.KEY, tables.FIRST_PROGRAM, tables.PROGRAMS) == (11, 12, 13, 14, 15)
+    first = ("lr", "beta1", "beta2", "eps", "weight_decay", "reg_lambda", "inverse_scale", "clip", "found_inf")
+    assert first == plan.HYPER
+    assert plan.STATISTICS == ("penalty", "grad_sq", "pull_sq", "grad_dot_pull", "stiffness", "drift_sq")
 
 
 class Pointer:
     """What the launcher looks at in a tensor, with no device behind it."""
 
-    dtype = torch.float32
-
-    def __init__(self, address):
-        self.address = address
+    def __init__(self, address, dtype=torch.float64):
+        self.address, self.dtype = address, dtype
 
     def data_ptr(self):
         return self.address
 
 
-def cache_key(target, numel, scale, scalars, address=256):
+def cache_key(target, build, address=256, stride=1000, first_program=0):
     """Return what Triton looks a build up by."""
     kernel = triton_kernel.step_kernel
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+    integers, numbers = Pointer(address, torch.int64), Pointer(address)
+    options = dict(triton_kernel.launch_options(build, nvidia=True))
+    constants = {name: options.pop(name) for name in ("CHUNK", "TILE", "TAIL")}
     bound, specialization, _ = bind(
-        *[Pointer(address)] * 7, numel, scale, *scalars,
-        HAS_PENALTY=True, MODE=1, RECORD=True, MAXIMIZE=False, ALIGNED=True, BLOCK=triton_kernel.BLOCK,
+        integers, integers, numbers, numbers, numbers if build.statistics else None, stride, first_program, build,
+        **constants,
     )  # fmt: skip
     assert len(bound) == len(kernel.arg_names)
     return str(specialization)
 
 
 @pytest.mark.parametrize("target", [CUDA["sm_90"], GFX942], ids=("cuda", "hip"))
-def test_values_never_recompile(target):
-    """A schedule, another tensor and another step share one build."""
-    usual = StepScalars(1e-3, 0.9999, 0.1, 0.999, 0.001, 1e-8, 0.01, 31.6)
-    key = cache_key(target, 1000, 0.5, usual)
-    assert "fp32" in key
-    for value in (0.0, 1.0, 16.0, 0, 1, 16):
-        assert cache_key(target, 1000, value, usual) == key
-        for name in StepScalars._fields:
-            assert cache_key(target, 1000, 0.5, usual._replace(**{name: value})) == key, (name, value)
-    for numel in (1, 16, 1024, 2**31 - 1, 2**31, 2**40):
-        assert cache_key(target, numel, 0.5, usual) == key, numel
-    assert cache_key(target, 1000, 0.5, usual, address=4) == key, "alignment is the ALIGNED flag's business"
+@pytest.mark.parametrize("form", ["fp32", "most"])
+def test_values_never_recompile(target, form):
+    """Numbers are in device memory; what is left are addresses and counts, on which nothing is specialised."""
+    build = build_of(**USUAL[form])
+    key = cache_key(target, build)
+    for number in (0, 1, 16, 1024, 2**31 - 1, 2**31, 2**40):
+        assert cache_key(target, build, stride=number) == key, number
+        assert cache_key(target, build, first_program=number) == key, number
+    assert cache_key(target, build, address=8) == key, "alignment is the build's business"
+    assert cache_key(target, build._replace(record=not build.record)) != key
+    assert cache_key(target, build._replace(grad=tl.float16)) != key
+
+
+def test_builds_are_few():
+    assert len(BUILDS) + len(USUAL) + 1 <= 60

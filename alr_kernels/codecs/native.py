@@ -36,7 +36,8 @@ def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     codes, scales = codes.contiguous(), scales.contiguous()
     importance = torch.empty(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
     if scales.numel() * BLOCK != importance.numel() or scales.dtype is not torch.bfloat16:
-        raise ValueError(f"scales: expected {importance.numel() // BLOCK} bf16 numbers, got {scales.numel()} {scales.dtype}")
+        expected = importance.numel() // BLOCK
+        raise ValueError(f"scales: expected {expected} bfloat16 numbers, got {scales.numel()} of {scales.dtype}")
     _C.decode_importance(
         codes.data_ptr(),
         scales.data_ptr(),

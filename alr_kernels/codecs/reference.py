@@ -22,10 +22,13 @@ TINY = 1.17549435e-38  # the smallest normal float32: blocks below it are zero
 
 
 def approximate_sqrt(x: Tensor) -> Tensor:
-    """Return √x of float32 x ≥ 0 to 5e-6: a first guess by its exponent, two Newton steps of 1/√x."""
+    """Return √x of float32 x ≥ 0 to 3e-7: a first guess by its exponent, three Newton steps of 1/√x.
+
+    Two would be good to 5e-6, which keeps a block's largest v 1.5 % low: one time in 900 it would miss its code.
+    """
     half = x * 0.5
-    y = (0x5F375A86 - (x.view(torch.int32) >> 1)).view(torch.float32)
-    for _ in range(2):
+    y = (0x5F37642F - (x.view(torch.int32) >> 1)).view(torch.float32)
+    for _ in range(3):
         y = y * (1.5 - half * y * y)
     return x * y
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from operator import attrgetter, mul
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch  # before _C: torch's OpenMP runtime is then the one that _C binds to, and both share its threads
@@ -100,7 +100,7 @@ def _operands(o: Operands, formats: list[int], numels: list[int]) -> list[list[i
     param, grad, moments, importance, anchor = formats
     moment = numels if moments == CODES8 else floats(moments)
     blocks = [n // BLOCK for n in numels]
-    expected = Operands(
+    expected: dict[str, list[int]] = dict(
         params=floats(param), grads=floats(grad), exp_avgs=moment, exp_avg_sqs=moment,
         importances={CODES8: numels, CODES4: [n // 2 for n in numels]}.get(importance) or floats(importance),
         anchors=floats(anchor), path_integrals=sized(4), remainders=sized(2),
@@ -108,8 +108,8 @@ def _operands(o: Operands, formats: list[int], numels: list[int]) -> list[list[i
         importance_scales=[n * 2 for n in blocks],
     )  # fmt: skip
     return [
-        addresses(name, tensors, nbytes) if tensors else []
-        for name, tensors, nbytes in zip(Operands._fields, o, expected, strict=True)
+        addresses(name, tensors, expected[name]) if tensors else []
+        for name, tensors in zip(Operands._fields, o, strict=True)
     ]
 
 

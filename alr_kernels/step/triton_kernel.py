@@ -36,7 +36,11 @@ OLDEST_TRITON = (3, 6)  # what the kernel was tested with from
 MUTATED_ROLES = tuple(map(Operands._fields.index, MUTATED))
 
 
-@jit(do_not_specialize=("table_ptr", "chunk_ptr", "hyper_ptr", "unit_scale_ptr", "partial_ptr", "stride"))
+@jit(
+    do_not_specialize=(
+        "table_ptr", "chunk_ptr", "hyper_ptr", "unit_scale_ptr", "partial_ptr", "stride", "first_program",
+    )
+)  # fmt: skip
 def step_kernel(
     table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 16], read
     chunk_ptr,  # for each program: tensor << 32 | number of the chunk in it, int64, read

@@ -231,9 +231,10 @@ def dither(key, first_block, rows, columns):
 
 @jit
 def approximate_sqrt(x):
-    # Root of x >= 0 to 5e-6, the same bits everywhere: a guess by the exponent, two Newton steps of 1/sqrt(x).
+    # Root of x >= 0 to 3e-7, the same bits everywhere: a guess by the exponent, three Newton steps of 1/sqrt(x).
     half = x * 0.5
-    y = (0x5F375A86 - (x.to(tl.int32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
+    y = (0x5F37642F - (x.to(tl.int32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
+    y = y * (1.5 - half * y * y)
     y = y * (1.5 - half * y * y)
     y = y * (1.5 - half * y * y)
     return x * y

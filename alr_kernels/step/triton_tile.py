@@ -130,8 +130,8 @@ def store(ptr, t, value, BUILD: tl.constexpr):
 
 @jit
 def load_scales(ptr, t):
-    # [rows, 1]: one number a block. Tensors with scales are whole blocks.
-    return load_at(ptr, t.first // 128, t.rows, None if t.left is None else t.left // 128, False)
+    # [rows, 1]: one number a block. Tensors with scales are whole blocks. A shift, for signed // takes more.
+    return f.to_float32(load_at(ptr, t.first // 128, t.rows, None if t.left is None else t.left // 128, False))
 
 
 @jit
@@ -144,11 +144,11 @@ def load_importance(p, t, BUILD: tl.constexpr):
     if BUILD.bits == 0:
         return f.to_float32(load(p.importance, t, BUILD))
     elif BUILD.bits == 8:
-        return f.fourth_power(load(p.importance, t, BUILD), f.to_float32(load_scales(p.importance_scale, t)), 255)
+        return f.fourth_power(load(p.importance, t, BUILD), load_scales(p.importance_scale, t), 255)
     else:  # two to a byte
         half = t.rows * 64 + tl.arange(0, 64)[None, :]
-        packed = load_at(p.importance, t.first // 2, half, None if t.left is None else t.left // 2, BUILD.aligned)
-        return f.fourth_power(f.interleave(packed), f.to_float32(load_scales(p.importance_scale, t)), 15)
+        packed = load_at(p.importance, t.first >> 1, half, None if t.left is None else t.left // 2, BUILD.aligned)
+        return f.fourth_power(f.interleave(packed), load_scales(p.importance_scale, t), 15)
 
 
 @jit
@@ -216,7 +216,7 @@ def store_param(p, t, after, random, BUILD: tl.constexpr):
 @jit
 def store_moments(p, t, y, random, s, BUILD: tl.constexpr):
     if BUILD.exp_avg == tl.int8:
-        u = f.dither(s.key, t.first // 128, t.rows, t.columns)
+        u = f.dither(s.key, t.first >> 7, t.rows, t.columns)
         codes, scales = f.encode_exp_avg(y.exp_avg, u, BUILD.precise)
         store(p.exp_avg, t, codes, BUILD)
         store_scales(p.exp_avg_scale, t, scales)
