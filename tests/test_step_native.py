@@ -203,7 +203,7 @@ def test_autograd_knows_what_was_written():
 def test_sizes_are_checked(name):
     columns = formed(SMALLEST._replace(record=True), ((3, 128), (2, 128)))
     columns[name][1] = guarded(columns[name][1].flatten()[:-1])
-    with pytest.raises(ValueError, match="bytes|multiples"):
+    with pytest.raises(ValueError, match=r"bytes|multiples"):
         step(native, columns, SMALLEST.options)
 
 
@@ -222,7 +222,7 @@ def test_codes_need_whole_blocks():
     columns = formed(SMALLEST, ((1, 128),))
     for name, tensors in columns.items():
         tensors[:] = [tensor.flatten()[: tensor.numel() // 2] for tensor in tensors] if "scale" not in name else tensors
-    with pytest.raises(ValueError, match="scales|multiples of 128"):
+    with pytest.raises(ValueError, match=r"scales|multiples of 128"):
         step(native, columns, SMALLEST.options)
 
 

@@ -79,8 +79,13 @@ def captured(inputs: Inputs, **options: Any) -> Step:
     return run
 
 
-FEW = {"dtype": torch.bfloat16, "importance_dtype": "int4", "anchor_dtype": "bf16", "state_dtype": "int8"}
-FEW |= {"master": "split"}
+FEW: dict[str, Any] = {
+    "dtype": torch.bfloat16,
+    "importance_dtype": "int4",
+    "anchor_dtype": "bf16",
+    "state_dtype": "int8",
+    "master": "split",
+}
 
 
 def _ours() -> list[Candidate]:

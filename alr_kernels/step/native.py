@@ -100,13 +100,19 @@ def _operands(o: Operands, formats: list[int], numels: list[int]) -> list[list[i
     param, grad, moments, importance, anchor = formats
     moment = numels if moments == CODES8 else floats(moments)
     blocks = [n // BLOCK for n in numels]
-    expected: dict[str, list[int]] = dict(
-        params=floats(param), grads=floats(grad), exp_avgs=moment, exp_avg_sqs=moment,
-        importances={CODES8: numels, CODES4: [n // 2 for n in numels]}.get(importance) or floats(importance),
-        anchors=floats(anchor), path_integrals=sized(4), remainders=sized(2),
-        exp_avg_scales=[n * 4 for n in blocks], exp_avg_sq_scales=[n * 4 for n in blocks],
-        importance_scales=[n * 2 for n in blocks],
-    )  # fmt: skip
+    expected = {
+        "params": floats(param),
+        "grads": floats(grad),
+        "exp_avgs": moment,
+        "exp_avg_sqs": moment,
+        "importances": {CODES8: numels, CODES4: [n // 2 for n in numels]}.get(importance) or floats(importance),
+        "anchors": floats(anchor),
+        "path_integrals": sized(4),
+        "remainders": sized(2),
+        "exp_avg_scales": [n * 4 for n in blocks],
+        "exp_avg_sq_scales": [n * 4 for n in blocks],
+        "importance_scales": [n * 2 for n in blocks],
+    }
     return [
         addresses(name, tensors, expected[name]) if tensors else []
         for name, tensors in zip(Operands._fields, o, strict=True)
