@@ -17,7 +17,7 @@ import torch
 from . import _ops, _validate
 from .codecs import reference as codecs
 from .codecs import rounding
-from .codecs.storage import CODES, DTYPES, Storage
+from .codecs.storage import CODES, DTYPES, Storage, scale_shape
 from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
 from .importance.artifact import Importance, TensorStats, content_fingerprint
 from .names import layer_of, unwrap
@@ -213,8 +213,14 @@ def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool 
 def start_moments(param: Tensor, state: dict[str, Any], storage: Storage) -> None:
     """Create Adam's state at a parameter's first gradient."""
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-    zeros = dense_like(param, compute_dtype(param)).zero_()
-    state |= in_format(storage.state_format(param), zeros, zeros.clone())
+    name = storage.state_format(param)
+    if name in CODES:
+        scales = torch.zeros(scale_shape(param), dtype=torch.float32, device=param.device)
+        state |= {"exp_avg": torch.zeros(param.shape, dtype=torch.int8, device=param.device), "exp_avg_scale": scales}
+        state |= {"exp_avg_sq": torch.zeros(param.shape, dtype=torch.uint8, device=param.device)}
+        state |= {"exp_avg_sq_scale": scales.clone()}
+    else:
+        state |= {moment: dense_like(param, DTYPES[name]).zero_() for moment in MOMENTS}
 
 
 def in_format(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
