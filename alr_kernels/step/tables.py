@@ -153,6 +153,11 @@ def _remember(store: OrderedDict[Any, Any], key: Any, value: Any) -> None:
 
 def _rows(o: Operands, addresses: tuple[int, ...], sizes: tuple[int, ...], keys: Any, seed: int) -> Any:
     """Return a table, [n, len(COLUMNS)] int64, all but the programs."""
+    uneven = {
+        role: len(tensors) for role, tensors in zip(o._fields, o, strict=True) if len(tensors) not in (0, len(sizes))
+    }
+    if uneven:
+        raise ValueError(f"expected {len(sizes)} tensors of each role, got {uneven}")
     rows = np.zeros((len(sizes), len(COLUMNS)), np.int64)
     present = [i for i, tensors in enumerate(o) if tensors] + [STEP]
     # unsigned: some devices' addresses have the upper bit
