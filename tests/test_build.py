@@ -14,6 +14,7 @@ import torch
 
 from alr_kernels.importance import native as importance_native
 from alr_kernels.step import native
+from alr_kernels.step.plan import Numbers, Operands, Options
 
 if not native.available()[0]:
     pytest.skip(native.available()[1], allow_module_level=True)
@@ -147,13 +148,19 @@ def step_operands(dtype, grad_dtype, sizes=(0, 1, 17, 1025, 70001)):
     return [params, grads, column(1e-3), column(1e-6, sign=False), importances, column(0.02, dtype), column(1e-5)]
 
 
+def numbers_of(counts):
+    values = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "reg_lambda": 1.0}
+    hyper = torch.tensor([*values.values(), 1.0, 1.0, 0.0], dtype=torch.float64)
+    units = torch.full((len(counts),), 0.5, dtype=torch.float64)
+    return Numbers(hyper, [torch.tensor(count) for count in counts], units, list(range(len(counts))))
+
+
 def step_everywhere(dtype, grad_dtype, mode):
     """Step, accumulate and finalise; return all results."""
     columns = step_operands(dtype, grad_dtype)
     n = len(columns[0])
     starts = [param.clone() for param in columns[0]]
-    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-    native.step_(*columns, [0.5] * n, [1.0, 2.0, 1.0, 10.0, 2.0], **hyper, mode=mode, maximize=True)
+    native.step_(Operands(*columns), numbers_of([1.0, 2.0, 1.0, 10.0, 2.0][:n]), Options(mode, maximize=True))
     previous = [start.clone() for start in starts]
     importance_native.accumulate_(columns[6], columns[1], columns[0], previous, maximize=True)
     importances, statistics = importance_native.finalise(columns[6], columns[0], starts, 1e-3, relative=True)
@@ -182,8 +189,7 @@ def test_capabilities_and_threads_agree_bit_for_bit(dtype, grad_dtype, mode):
 def test_in_place_writes_are_seen_by_autograd():
     columns = step_operands(torch.float32, torch.float32, sizes=(5,))
     versions = [column[0]._version for column in columns]
-    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-    native.step_(*columns, [0.5], [1.0], **hyper, mode="coupled", maximize=False)
+    native.step_(Operands(*columns), numbers_of([1.0]), Options("coupled"))
     changed = [column[0]._version > version for column, version in zip(columns, versions, strict=True)]
     assert changed == [True, False, True, True, False, False, True]
 
@@ -191,14 +197,17 @@ def test_in_place_writes_are_seen_by_autograd():
 # ---- refusals
 
 
-def raw_step(**changes):
+def raw_step(role=None, addresses=None, **changes):
     """Call _C.step_ for one tensor of four elements, with some arguments replaced."""
     buffer = torch.zeros(7, 4)
-    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "importances", "anchors", "path_integrals")
-    arguments = {name: [row.data_ptr()] for name, row in zip(names, buffer, strict=True)}
-    arguments |= {"numels": [4], "param_dtypes": [0], "grad_dtypes": [0], "curvature_scales": [1.0]}
-    arguments |= {"scalars": [(1e-3, 1.0, 0.1, 0.9, 0.1, 1e-8, 1e-3, 1.0)], "scalar_indices": [0]}
-    _C.step_(**(arguments | {"mode": 0, "maximize": False, "num_threads": 1} | changes))
+    operands = {name: [row.data_ptr()] for name, row in zip(Operands._fields, buffer, strict=False)}
+    operands |= {name: [] for name in Operands._fields[7:]}
+    if role:
+        operands[role] = addresses
+    arguments = {"operands": list(operands.values()), "numels": [4], "formats": [0] * 5, "curvature_scales": [1.0]}
+    arguments |= {"keys": [0], "scalars": [(1e-3, 1.0, 0.1, 0.9, 0.1, 1e-8, 1e-3, 1.0, 1.0, 1.0)]}
+    arguments |= {"scalar_indices": [0], "mode": 0, "precise": True, "statistics": 0, "num_threads": 1}
+    _C.step_(**(arguments | changes))
     return buffer
 
 
@@ -209,15 +218,17 @@ def test_raw_step_accepts_good_arguments():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"grads": []}, "expected grads to hold 1 values, got 0"),
-        ({"anchors": []}, "expected anchors to hold 1 values, got 0"),
+        ({"role": "grads", "addresses": []}, "expected grads to hold 1 values, got 0"),
+        ({"role": "anchors", "addresses": []}, "expected anchors to hold 1 values, got 0"),
         ({"curvature_scales": [1.0, 2.0]}, "expected curvature_scales to hold 1 values, got 2"),
-        ({"exp_avgs": [0]}, r"expected exp_avgs\[0\] to be an address, got 0 for 4 elements"),
+        ({"role": "exp_avgs", "addresses": [0]}, r"expected exp_avgs\[0\] to be an address, got 0 for 4 elements"),
         ({"numels": [-1]}, "expected numels of 0 or more, got -1"),
-        ({"param_dtypes": [3]}, r"expected param_dtypes in \[0, 3\), got 3"),
-        ({"grad_dtypes": [-1]}, r"expected grad_dtypes in \[0, 3\), got -1"),
+        ({"formats": [9, 0, 0, 0, 0]}, "got 9"),
+        ({"formats": [0, -1, 0, 0, 0]}, "got -1"),
+        ({"formats": [0, 0, 5, 0, 0]}, "128"),
+        ({"keys": []}, "expected keys to hold 1 values, got 0"),
         ({"scalar_indices": [1]}, r"expected scalar_indices in \[0, 1\), got 1"),
-        ({"mode": 2}, r"expected mode in \[0, 2\), got 2"),
+        ({"mode": 3}, r"expected mode in \[0, 3\), got 3"),
         ({"num_threads": 0}, "expected num_threads of 1 or more, got 0"),
     ],
 )
@@ -233,12 +244,11 @@ def test_unknown_capability_is_refused():
 
 def test_launchers_refuse_other_sizes_and_dtypes():
     params, *rest = step_operands(torch.float32, torch.float32, sizes=(5,))
-    hyper = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-    hyper |= {"mode": "coupled", "maximize": False}
+    numbers = numbers_of([1.0])
     with pytest.raises(ValueError, match="grads: expected tensors of"):
-        native.step_(params, [torch.zeros(4)], *rest[1:], [1.0], [1.0], **hyper)
-    with pytest.raises(TypeError, match="params: expected float32, bfloat16 or float16"):
-        native.step_([params[0].double()], *rest, [1.0], [1.0], **hyper)
+        native.step_(Operands(params, [torch.zeros(4)], *rest[1:]), numbers, Options("coupled"))
+    with pytest.raises(TypeError, match="params"):
+        native.step_(Operands([params[0].double()], *rest), numbers, Options("coupled"))
     with pytest.raises(ValueError, match="starts: expected tensors of"):
         importance_native.finalise(rest[-1], params, [params[0].half()], 1e-3)
 
