@@ -27,6 +27,7 @@ RULES = ("softmax", "proportional", "uniform")
 # The chosen proximal run once more in fewer bytes: what is kept how.
 FEW_BYTES = (
     (("importance_dtype", "int8"),),
+    (("importance_dtype", "int4"),),
     (("importance_dtype", "int4"), ("anchor_dtype", "bf16")),
     (("importance_dtype", "int4"), ("anchor_dtype", "bf16"), ("state_dtype", "int8")),
 )
