@@ -30,9 +30,9 @@ CASES = [  # set, share of its elements, device
     pytest.param("lora", 1.0, "cpu", id="lora-cpu"),
     pytest.param("resnet101", 1.0, "cpu", id="resnet101-cpu"),
     pytest.param("billion", 1.0, "cuda", id="billion-cuda", marks=GPU),
-    pytest.param("llama-layer", 1.0, "cuda", id="llama-layer-cuda", marks=GPU),
     pytest.param("lora", 1.0, "cuda", id="lora-cuda", marks=GPU),
     pytest.param("resnet101", 1.0, "cuda", id="resnet101-cuda", marks=GPU),
+    pytest.param("llama-layer", 1.0, "cuda", id="llama-layer-cuda", marks=GPU),
 ]
 
 

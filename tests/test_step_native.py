@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import (
     BF16,
+    CHOICES,
     COLUMNS,
     F32,
     F64,
@@ -29,6 +30,7 @@ from test_step_formats import PAIRWISE, name_of
 
 from alr_kernels.codecs import native as codec
 from alr_kernels.codecs import reference as codec_reference
+from alr_kernels.codecs import rounding
 from alr_kernels.step import native, reference
 from alr_kernels.step.plan import STATISTICS, Operands, Options
 
@@ -36,12 +38,20 @@ if not native.available()[0]:
     pytest.skip(native.available()[1], allow_module_level=True)
 
 _C = native._C
+STIFFNESS = STATISTICS.index("stiffness")
 SIZES = ((0,), (1,), (17,), (127,), (128,), (129,), (4096,), (3, 5, 7), (40, 128), (33, 384), (257, 256))
 CODED_SIZES = ((0, 128), (1, 128), (40, 128), (33, 384), (257, 256))
 SMALLEST = Case("split", "bf16", "int8", "int4", "bf16")
 # One of each kind of loop: alone in its format, with halves, with codes, with random rounding.
 VARIETY = [Case(), SMALLEST, Case("fp16", "fp16", anchor="fp16"), Case("stochastic", "bf16", "bf16", "int8", "bf16")]
 cases = pytest.mark.parametrize("case", VARIETY, ids=name_of)
+# The loop of the smallest form, and every loop that is all but it.
+NEARLY_SMALLEST = [
+    SMALLEST._replace(**{name: value}, mode=mode)
+    for mode in ("proximal", "coupled")
+    for name in ("param", "grad", "moments", "importance", "anchor")
+    for value in CHOICES[name]
+]
 
 
 @pytest.fixture(params=_C.build_info()["cpu_capabilities_detected"])
@@ -75,7 +85,7 @@ def assert_guarded(columns):
     assert all(guards_are_untouched(tensor) for tensors in columns.values() for tensor in tensors)
 
 
-@pytest.mark.parametrize("case", PAIRWISE, ids=name_of)
+@pytest.mark.parametrize("case", [*PAIRWISE, *dict.fromkeys(NEARLY_SMALLEST)], ids=name_of)
 def test_bits_are_the_references(case, capability):
     columns = formed(case, sizes_of(case))
     expected = copied(columns)
@@ -103,9 +113,40 @@ def test_special_numbers(case, role, capability):
             tensor.view(-1)[: len(odd)] = odd[: tensor.numel()].to(tensor.dtype)
     expected = copied(columns)
     for rotation in range(2):
-        step(native, columns, case.options, rotation)
-        step(reference, expected, case.options, rotation)
+        got = step(native, columns, case.options, rotation)[:, STIFFNESS]
+        wanted = step(reference, expected, case.options, rotation)[:, STIFFNESS]
         assert_same_columns(columns, expected)
+        assert torch.equal(got.isnan(), wanted.isnan()), "a stiffness that is NaN is not lost"
+
+
+def test_numbers_beyond_the_last_vector_count_for_nothing(capability):
+    columns = formed(Case(), SIZES)
+    expected = copied(columns)
+    for lists in (columns, expected):
+        for name in ("exp_avg_sqs", "grads"):
+            for tensor in lists[name]:
+                tensor.fill_(1e-3)
+    got, wanted = step(native, columns, Options(), eps=0.0), step(reference, expected, Options(), eps=0.0)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("role", ["exp_avg", "exp_avg_sq"])
+def test_codes_do_not_pass_the_highest(role, capability):
+    """Where a block's largest meets u next to 1, root · top + u rounds to top + 1."""
+    case, shape, blocks = Case(moments="int8"), (257, 256), 514
+    for key in range(100):
+        noise_key = rounding.noise_key(case.options.seed, key, 1)
+        u = rounding.dither(noise_key, blocks, codec_reference.BLOCK, torch.device("cpu"))
+        if float(u.max()) > 1 - 2**-20:
+            break
+    place = int(u.argmax())
+    columns = formed(case, (shape,))
+    columns["grads"][0].view(-1)[place] = 1e3
+    expected = copied(columns)
+    for implementation, lists in ((native, columns), (reference, expected)):
+        implementation.step_(Operands(**lists), numbers_of(lists, [1.0], keys=[key]), case.options)
+    assert_same_columns(columns, expected)
+    assert int(columns[f"{role}s"][0].view(-1)[place]) == (127 if role == "exp_avg" else 255)
 
 
 def test_blocks_of_zeros_and_of_extremes(capability):

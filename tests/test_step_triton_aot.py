@@ -182,6 +182,10 @@ def test_arithmetic(case):
     # Contraction: ptxas may fuse what does not say .rn.
     assert not re.findall(r"\bfma\.\S*|\bmad\.\S*f\d+", ptx)
     assert not re.findall(r"\b(?:add|sub|mul)\.f(?:32|64)", ptx)
+    # Storage and scalars round to nearest even.
+    narrowing = re.findall(r"\bcvt\.\S*(?:f16|f16x2)\.f32|\bcvt\.\S*f32\.f64", ptx)
+    assert narrowing
+    assert all(instruction.startswith("cvt.rn.") for instruction in narrowing)
     # The scalars' division and root, as on the host.
     assert not re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?!rn)\S*f64", ptx)
     approximate = re.findall(r"\b(?:div|sqrt|rcp|rsqrt)\.(?!rn\.f32)\S*f32", ptx)
