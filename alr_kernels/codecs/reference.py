@@ -1,6 +1,6 @@
 """Block codes of importance and moments, in plain torch. Read this first.
 
-    importance   c = round((Ω/s)^(1/4) · 255 or 15)   Ω ≈ s·(c/255)⁴     s: block's max, bf16; 8 or 4 bits
+    importance   c = #{j: ((j − ½)/255)⁴ ≤ Ω/s}       Ω ≈ s·(c/255)⁴     s: block's max, bf16; 8 or 4 bits (15)
     exp_avg      c = ± floor((|m|/s)^(1/2) · 127 + u)   m ≈ s·c|c|/127²    s: block's max, fp32; int8
     exp_avg_sq   c = floor((√v/√s)^(1/2) · 255 + u)   v ≈ s·(c/255)⁴     s: block's max, fp32; uint8, ≥ 1 where v > 0
 
@@ -50,11 +50,17 @@ def _codes(root: Tensor, top: int, offset: Tensor | float = 0.5) -> Tensor:
     return torch.nan_to_num(root * top + offset, nan=0.0).clamp(max=float(top)).to(torch.int32)
 
 
+def thresholds(top: int) -> Tensor:
+    """Return ((c − ½)/top)⁴ for c = 1 … top, float32: where (Ω/s)^(1/4) · top, rounded, becomes c."""
+    return ((torch.arange(1, top + 1) - 0.5) * (1.0 / top)).square().square()
+
+
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (codes uint8, two to a byte for 4 bits, low half first; scales bf16 [..., n/128])."""
     blocks, top = _blocks(importance.float()), 2**bits - 1
     scales = blocks.amax(1, keepdim=True).clamp(max=BF16_MAX).to(torch.bfloat16)
-    codes = _codes(approximate_sqrt(approximate_sqrt(blocks * _inverse(scales.float()))), top).to(torch.uint8)
+    ratio = torch.nan_to_num(blocks * _inverse(scales.float()), nan=0.0)
+    codes = torch.bucketize(ratio, thresholds(top).to(ratio.device), right=True).to(torch.uint8)
     if bits == 4:
         codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
     *rows, columns = importance.shape

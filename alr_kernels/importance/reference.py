@@ -1,9 +1,9 @@
-"""Recording and finalising element-wise importance, in plain torch. Read this first.
+"""Recording, finalising, merging and per-sample importance in plain torch. Read this first.
 
-    accumulate:  ω += −g · (θ_after − θ_before)                     every step
-    finalise:    Ω  = max(ω, 0) / ((θ_end − θ_start)² + ξ)          once, at the end
-
-Source: arXiv 2501.13669, eq. 3-5; Zenke et al. 2017 (Synaptic Intelligence).
+    record     ω += −g · (θ_after − θ_before)                      (arXiv 2501.13669, eq. 3; Zenke et al. 2017)
+    finalise   Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ)            (eq. 4-5; clamped once, at the end)
+    merge      Ω = a·Ω_a + b·Ω_b   or   max(Ω_a, Ω_b)              (a = γ, b = 1: online EWC, Schwarz et al. 2018)
+    fisher     Ω += scale · Σ_n |δ_nᵀ x_n|^power                   (power 2: Fisher; 1: MAS; of a linear layer)
 """
 
 from __future__ import annotations
@@ -12,13 +12,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..codecs.encoded import Encoded
+from ..codecs.reference import encode_importance
+from ..codecs.storage import CODES, DTYPES
+from .statistics import BINS, STATISTICS, histogram, statistics
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-# Columns of the statistics that finalise() returns, one float64 row per tensor.
-STATISTICS = ("path_integral_sum", "negative_mass", "l2", "max", "mean", "numel", "nonfinite")
+__all__ = ["BINS", "STATISTICS", "accumulate_", "finalise", "fisher_linear_", "merge"]
+
+Result = tuple["list[Encoded]", "Tensor", "Tensor"]  # Ω per tensor; statistics [n, 7] float64; histograms [n, 64] int64
 
 
 @torch.no_grad()
@@ -43,13 +49,14 @@ def finalise(
     path_integrals: Sequence[Tensor],
     params: Sequence[Tensor],
     starts: Sequence[Tensor],
+    formats: Sequence[str],
     xi: float,
     *,
     relative: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """Return (Ω per tensor, statistics [n, 7] float64); see ``_ops.finalise``."""
-    importances, rows = [], []
-    for path_integral, param, start in zip(path_integrals, params, starts, strict=True):
+) -> Result:
+    """Return Ω in the given formats with its statistics; see ``_ops.finalise``."""
+    importances, rows, counts = [], [], []
+    for path_integral, param, start, kept in zip(path_integrals, params, starts, formats, strict=True):
         compute = path_integral.dtype
         move_sq = (param.to(compute) - start.to(compute)).square()
         floor = xi
@@ -59,22 +66,48 @@ def finalise(
         importance = torch.where((path_integral > 0) & (denominator > 0), path_integral / denominator, 0.0)
         finite = torch.isfinite(path_integral) & torch.isfinite(importance)
         importance = torch.where(finite, importance, 0.0)
-        omega = torch.where(finite, path_integral, 0.0).double()
-        wide = importance.double()
-        count = max(importance.numel(), 1)
-        rows.append(
-            torch.stack(
-                [
-                    omega.sum(),
-                    -omega.clamp(max=0).sum(),
-                    wide.square().sum().sqrt(),
-                    wide.max() if importance.numel() else wide.new_zeros(()),
-                    wide.sum() / count,
-                    wide.new_tensor(importance.numel()),
-                    (~finite).sum().double(),
-                ]
-            )
-        )
-        importances.append(importance)
-    stats = torch.stack(rows).cpu() if rows else torch.empty(0, len(STATISTICS), dtype=torch.float64)
-    return importances, stats
+        importances.append(encoded(importance, kept))
+        rows.append(statistics(path_integral, importance, finite))
+        counts.append(histogram(importance))
+    return importances, *_stacked(rows, counts)
+
+
+@torch.no_grad()
+def merge(
+    first: Sequence[Encoded | None],
+    second: Sequence[Encoded | None],
+    formats: Sequence[str],
+    weights: tuple[float, float] | None,
+) -> Result:
+    """Return a·Ω_a + b·Ω_b, or without weights max(Ω_a, Ω_b), in the given formats; None counts as 0."""
+    importances, rows, counts = [], [], []
+    for a, b, kept in zip(first, second, formats, strict=True):
+        like = (a or b).decoded()  # type: ignore[union-attr]
+        compute = torch.promote_types(like.dtype, torch.float32)
+        wide = [torch.zeros_like(like, dtype=compute) if x is None else x.decoded().to(compute) for x in (a, b)]
+        importance = torch.maximum(*wide) if weights is None else wide[0] * weights[0] + wide[1] * weights[1]
+        importances.append(encoded(importance, kept))
+        rows.append(statistics(None, importance))
+        counts.append(histogram(importance))
+    return importances, *_stacked(rows, counts)
+
+
+@torch.no_grad()
+def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
+    """Add scale · Σ_n |δ_nᵀ x_n|^power to Ω [rows, columns]; δ [n, t, rows], x [n, t, columns]."""
+    for delta, x in zip(deltas, inputs, strict=True):
+        grad = delta.to(importance.dtype).T @ x.to(importance.dtype)  # of one sample's loss
+        importance.add_(grad.square() if power == 2 else grad.abs(), alpha=scale)
+
+
+def encoded(importance: Tensor, kept: str) -> Encoded:
+    """Return Ω in a format."""
+    if kept not in CODES:
+        return Encoded(importance.to(DTYPES[kept]), None, kept)
+    return Encoded(*encode_importance(importance, CODES[kept]), kept)
+
+
+def _stacked(rows: list[Tensor], counts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    if not rows:
+        return torch.empty(0, len(STATISTICS), dtype=torch.float64), torch.empty(0, BINS, dtype=torch.int64)
+    return torch.stack(rows).cpu(), torch.stack(counts).cpu()

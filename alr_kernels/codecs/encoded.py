@@ -1,0 +1,61 @@
+"""One tensor of importance in the form in which it is kept: dense floats, or block codes with their scales."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import BLOCK, decode_importance
+from .storage import CODES, DTYPES, NAMES
+
+
+class Encoded(NamedTuple):
+    """Ω of one parameter. ``format``: ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``, ``"int8"`` or ``"int4"``."""
+
+    values: Tensor  # [*shape] floats or uint8 codes; 4-bit codes lie two to a byte, [..., n/2]
+    scales: Tensor | None  # [..., n/128] bf16 with codes, else None
+    format: str
+
+    @classmethod
+    def dense(cls, importance: Tensor) -> Encoded:
+        """Wrap floats as they are."""
+        return cls(importance, None, NAMES[str(importance.dtype)])
+
+    @property
+    def shape(self) -> torch.Size:
+        """The parameter's shape."""
+        if self.format != "int4":
+            return self.values.shape
+        return torch.Size((*self.values.shape[:-1], self.values.shape[-1] * 2))
+
+    @property
+    def numel(self) -> int:
+        """Elements of Ω."""
+        return self.shape.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales, or of the floats."""
+        return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def decoded(self) -> Tensor:
+        """Return Ω: the floats themselves, or float32 decoded from codes (a new tensor)."""
+        if self.scales is None:
+            return self.values
+        return decode_importance(self.values, self.scales, CODES[self.format])
+
+    def to(self, device: torch.device | str) -> Encoded:
+        """Return it on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        return Encoded(self.values.to(device), scales, self.format)
+
+    @classmethod
+    def empty(cls, shape: torch.Size, format: str, device: torch.device) -> Encoded:
+        """Return uninitialised memory for Ω of this shape; its last dimension is whole blocks where it is codes."""
+        if format not in CODES:
+            return cls(torch.empty(shape, dtype=DTYPES[format], device=device), None, format)
+        *rows, columns = shape
+        codes = torch.empty(*rows, columns * CODES[format] // 8, dtype=torch.uint8, device=device)
+        return cls(codes, torch.empty(*rows, columns // BLOCK, dtype=torch.bfloat16, device=device), format)
