@@ -181,25 +181,12 @@ def _accumulate_eager(
         original.copy_(copy)
 
 
-@torch.no_grad()
-def _finalise_eager(
-    path_integrals: Sequence[Tensor],
-    params: Sequence[Tensor],
-    starts: Sequence[Tensor],
-    xi: float,
-    relative: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    laid, _ = _in_layout({"path_integrals": path_integrals, "params": params, "starts": starts}, set())
-    importances: list[Any] = [None] * len(laid["params"])
-    stats = torch.zeros(len(importances), len(importance_reference.STATISTICS), dtype=torch.float64)
-    for rows, backend in _by_backend(laid["params"]):
-        found, table = _IMPORTANCE[backend].finalise(
-            *([column[i] for i in rows] for column in laid.values()), xi, relative=relative
-        )
-        for i, importance in zip(rows, found, strict=True):
-            importances[i] = importance
-        stats[rows] = table
-    return importances, stats
+def _finalise_eager(path_integrals, params, starts, formats, xi, relative=False):
+    return importance_reference.finalise(path_integrals, params, starts, formats, xi, relative=relative)
+
+
+def merge(first, second, formats, weights):
+    return importance_reference.merge(first, second, formats, weights)
 
 
 def _by_backend(params: Sequence[Tensor]) -> list[tuple[list[int], str]]:
@@ -302,7 +289,7 @@ def accumulate_(*args: Any, **kwargs: Any) -> None:
         _accumulate_eager(*args, **kwargs)
 
 
-def finalise(*args: Any, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
+def finalise(*args: Any, **kwargs: Any) -> Any:
     """Return (Ω per tensor, statistics) with Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ), in one pass.
 
     Args:

@@ -241,23 +241,22 @@ def same_dtype(name: str, now: torch.dtype, bound: torch.dtype) -> None:
     )
 
 
-def importance_shape(name: str, importance: Tensor, param: Tensor) -> None:
-    if importance.shape != param.shape:
-        raise ValueError(
-            f"importance of {name!r}: expected shape {tuple(param.shape)} as the parameter, "
-            f"got {tuple(importance.shape)}; was it recorded on another model?"
-        )
-
-
-def importance_names(entries: Iterable[str], params: Iterable[str]) -> None:
-    """Refuse entries that match no parameter."""
-    params = set(params)
+def importance_fits(entries: Mapping[str, Sequence[int]], params: Mapping[str, Sequence[int]]) -> None:
+    """Refuse an importance whose names and shapes are not those of parameters, saying which differ."""
     unmatched = [name for name in entries if name not in params]
     if unmatched:
         raise ValueError(
             f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; parameters are "
             f"{listed(params, 3)}. If only some parameters are trained, pass "
             "importance.select(name for name, _ in named_parameters)."
+        )
+    differing = [name for name, shape in entries.items() if tuple(shape) != tuple(params[name])]
+    if differing:
+        name = min(differing)
+        others = f"; so do {listed(set(differing) - {name})}" if len(differing) > 1 else ""
+        raise ValueError(
+            f"importance of {name!r}: expected shape {tuple(params[name])} as the parameter, "
+            f"got {tuple(entries[name])}{others}; was it recorded on another model?"
         )
 
 
@@ -429,6 +428,60 @@ def recorder_members(named: Mapping[str, Tensor], optimizer_params: Iterable[Ten
         raise ValueError(
             f"ImportanceRecorder: expected parameters of the optimizer, got {listed(strangers) or 'none'}; "
             "pass the named parameters that this optimizer steps."
+        )
+
+
+def expected_entry(name: str, expected: Iterable[str], written: Iterable[str]) -> None:
+    if name not in expected:
+        raise ValueError(
+            f"importance file: {name!r} is not one of the tensors it was begun with, which are {listed(expected, 3)}."
+        )
+    if name in written:
+        raise ValueError(f"importance file: {name!r} was added before; each tensor comes once.")
+
+
+def entry_shape(name: str, got: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(got) != tuple(expected):
+        raise ValueError(f"importance of {name!r}: expected shape {tuple(expected)}, got {tuple(got)}.")
+
+
+def complete_file(path: str, expected: Iterable[str], written: Iterable[str]) -> None:
+    missing = set(expected) - set(written)
+    if missing:
+        raise ValueError(
+            f"importance file {path!r}: expected all its tensors, {listed(missing)} missing; add them first."
+        )
+
+
+def merge_weight(rule: str, weight: Any) -> float:
+    if rule in ("sum", "max"):
+        if weight is not None:
+            raise ValueError(
+                f"weight: it has no effect with rule={rule!r}; leave it out, or use 'weighted' or 'decayed'."
+            )
+        return 1.0
+    if weight is None:
+        raise ValueError(f"weight: rule={rule!r} needs one, 0 ≤ weight ≤ 1.")
+    return number("weight", weight, high=1.0 + 1e-12)
+
+
+def mergeable(first: Any, second: Any) -> None:
+    """Refuse two importances whose values do not compare: raw Ω of different estimators, or of different models."""
+    if not hasattr(second, "encoded"):
+        raise TypeError(f"merged: expected an Importance, got {type(second).__name__}.")
+    if first.is_normalized != second.is_normalized or (first.method != second.method and not first.is_normalized):
+        forms = [f"{x.method}{', normalized' if x.is_normalized else ''}" for x in (first, second)]
+        raise ValueError(
+            f"merged: expected the same estimator, or both normalized, got {forms[0]} and {forms[1]}: raw importances "
+            "of different estimators have different units. Use a.normalized().merged(b.normalized(), ...)."
+        )
+    shapes = {name: tuple(second.encoded(name).shape) for name in second if name in first}
+    differing = [name for name, shape in shapes.items() if tuple(first.encoded(name).shape) != shape]
+    if differing:
+        name = min(differing)
+        raise ValueError(
+            f"merged: expected the shapes of fingerprint {first.fingerprint}, got another model: {listed(differing)} "
+            f"differ ({name!r}: {tuple(first.encoded(name).shape)} and {shapes[name]})."
         )
 
 

@@ -57,7 +57,8 @@ class AlrAdamW(Readings):
         max_grad_norm: clip the task gradient's norm over all parameters inside the step, as
             ``torch.nn.utils.clip_grad_norm_`` before it would; ω is still recorded with the whole gradient, and
             ``optimizer.grad_norm`` holds the norm as a tensor. None: no clipping.
-        importance_dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"`` (block codes) or such torch dtypes.
+        importance_dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"`` (block codes) or such torch dtypes; None: as it
+            is given, so that an :class:`Importance` in codes is never decoded.
         anchor_dtype: ``"fp32"`` or ``"bf16"`` (lossless for a bf16 checkpoint); None: as the parameter.
         state_dtype: of the moments, ``"fp32"``, ``"bf16"`` or ``"int8"`` (block codes). Vectors, tensors under 4096
             elements and, for codes, rows of no multiple of 128 stay fp32, importance likewise.
@@ -107,7 +108,7 @@ class AlrAdamW(Readings):
         record: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
-        importance_dtype: str | torch.dtype = "fp32",
+        importance_dtype: str | torch.dtype | None = None,
         anchor_dtype: str | torch.dtype | None = None,
         state_dtype: str | torch.dtype = "fp32",
         master: Literal["none", "split", "stochastic"] = "none",
@@ -145,7 +146,7 @@ class AlrAdamW(Readings):
         super().__init__(params, dict(zip(_state.OPTIONS, values, strict=True)))
         if master != "none":
             _validate.master(param for _, _, param in self._members())
-        if importance is None and not record and (self._storage.importance != "fp32" or anchor_dtype is not None):
+        if importance is None and not record and (importance_dtype is not None or anchor_dtype is not None):
             _validate.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")
         self._use(importance, coeffs)
         if anchor is not None:
@@ -194,8 +195,7 @@ class AlrAdamW(Readings):
             self._penalty = chosen
         self._coeffs_choice = coeffs
         for _, slot, _ in members:
-            slot.importance = entries.get(slot.name) if entries is not None else None
-            slot.importance_scales = None
+            slot.importance = entries.encoded(slot.name) if entries is not None and slot.name in entries else None
             slot.unit_scale = slot.unit_scale if slot.importance is not None else 0.0
             slot.largest = self._penalty.largest.get(slot.name, 0.0) if self._penalty else 0.0
         self._bound = False

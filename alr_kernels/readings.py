@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import _validate, penalty
 from . import state as _state
-from .importance.recorder import finalised
+from .importance.recorder import Recording
 from .names import layer_of
 from .step.plan import STATISTICS
 from .stepping import Stepping
@@ -53,7 +54,7 @@ class Readings(Stepping):
 
     def importance_tensors(self) -> list[Tensor]:
         """Return the tensors in which the steps hold Ω, codes and scales included: what importance costs."""
-        pairs = ((slot.importance, slot.importance_scales) for _, slot, _ in self._members())
+        pairs = (slot.importance[:2] for _, slot, _ in self._members() if slot.importance is not None)
         return [tensor for pair in pairs for tensor in pair if tensor is not None]
 
     @torch.no_grad()
@@ -92,14 +93,22 @@ class Readings(Stepping):
         return result
 
     def recorded_importance(
-        self, xi: float = 1e-6, *, relative: bool = False, allow_nonfinite: bool = False
+        self,
+        xi: float = 1e-6,
+        *,
+        relative: bool = False,
+        allow_nonfinite: bool = False,
+        dtype: str | torch.dtype = "fp32",
     ) -> Importance:
-        """Return Ω = max(ω, 0) / ((θ − θ_start)² + ξ) of the recording so far; a pure read.
+        """Return Ω = max(ω, 0) / ((θ − θ_start)² + ξ) of the recording so far; a pure read, in one pass.
 
         Args:
             xi: ξ > 0, in units of θ². It decides how weights that hardly moved rank.
             relative: ξ in units of each tensor's mean((θ − θ_start)²).
             allow_nonfinite: give elements whose ω is NaN or inf the importance 0 instead of raising.
+            dtype: how Ω is kept: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"`` (block codes, written at once: Ω is
+                never held in float32). Vectors, tensors under 4096 elements and, for codes, rows of no multiple of 128
+                stay fp32.
 
         Raises:
             RuntimeError: not constructed with ``record=True``, or no step yet.
@@ -107,18 +116,29 @@ class Readings(Stepping):
 
         Source: arXiv 2501.13669, eq. 4-5, clamped once at the end.
         """
+        return self._recording().finalised(xi, relative, allow_nonfinite, dtype)
+
+    def save_importance(
+        self,
+        path: str | PathLike[str],
+        xi: float = 1e-6,
+        *,
+        relative: bool = False,
+        allow_nonfinite: bool = False,
+        dtype: str | torch.dtype = "fp32",
+    ) -> None:
+        """Finalise the recording into a file, tensor by tensor: no second copy of the model's size is made.
+
+        Args, Raises: as :meth:`recorded_importance` and ``Importance.save``. A file that was there stays whole until
+        the new one is.
+        """
+        self._recording().save(path, xi, relative, allow_nonfinite, dtype)
+
+    def _recording(self) -> Recording:
         steps = self.recorded_steps
         _validate.recording(self.record, steps > 0)
         members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
         names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
         weights = [_state.whole(param, state) for param, state in zip(params, states, strict=True)]
-        return finalised(
-            list(names),
-            [state["path_integral"] for state in states],
-            weights,
-            [state["start"].to(theta.dtype) for theta, state in zip(weights, states, strict=True)],
-            xi=xi,
-            relative=relative,
-            steps=steps,
-            allow_nonfinite=allow_nonfinite,
-        )
+        starts = [state["start"].to(theta.dtype) for theta, state in zip(weights, states, strict=True)]
+        return Recording(list(names), [state["path_integral"] for state in states], weights, starts, steps)

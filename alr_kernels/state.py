@@ -17,9 +17,11 @@ import torch
 from . import _ops, _validate
 from .codecs import reference as codecs
 from .codecs import rounding
+from .codecs.encoded import Encoded
 from .codecs.storage import CODES, DTYPES, Storage, scale_shape
 from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
-from .importance.artifact import Importance, TensorStats, content_fingerprint
+from .importance.artifact import Importance, content_fingerprint
+from .importance.statistics import Summary
 from .names import layer_of, unwrap
 
 if TYPE_CHECKING:
@@ -41,22 +43,12 @@ class Slot:
 
     name: str
     index: int = 0  # position in the optimizer: the random generator's key
-    importance: Tensor | None = None  # in ``form``, once bound
-    importance_scales: Tensor | None = None  # of codes
+    importance: Encoded | None = None  # as given; in ``form``, where the parameter is, once bound
     unit_scale: float = 0.0  # curvature_scale at reg_lambda = 1: 2·α / normaliser
     largest: float = 0.0  # max Ω
     dtype: torch.dtype | None = None  # of the parameter when it was bound
     form: tuple[Any, ...] = ()  # how everything of it is kept, and
     place: int = 0  # the number of that combination: parameters of one place can share a call of the step
-
-
-class Summary(dict[str, TensorStats]):
-    """Statistics by name: all that coefficients need of an importance, so that its tensors can be let go."""
-
-    @property
-    def stats(self) -> Mapping[str, TensorStats]:
-        """What :func:`layer_norms` looks for."""
-        return self
 
 
 @dataclass
@@ -70,12 +62,17 @@ class Penalty:
     coeffs: LayerCoefficients = field(default_factory=lambda: LayerCoefficients({}))
 
     @classmethod
-    def of(cls, importance: Mapping[str, Tensor]) -> Penalty:
-        """Check values and take sums: a few passes over each tensor."""
-        largest = {name: _validate.importance_values(name, tensor) for name, tensor in importance.items()}
-        stats = importance.stats if isinstance(importance, Importance) else {}
-        summary = Summary({name: stats.get(name) or TensorStats.of(t, name) for name, t in importance.items()})
-        sums = {name: float(tensor.detach().sum(dtype=torch.float64)) for name, tensor in importance.items()}
+    def of(cls, importance: Importance) -> Penalty:
+        """Check values and take sums: a few passes over each tensor, none over what is kept in codes."""
+        summary, sums, largest = Summary(importance.stats), {}, {}
+        for name, row in summary.items():
+            entry = importance.encoded(name)
+            if entry.scales is None:
+                largest[name] = _validate.importance_values(name, entry.values)
+                sums[name] = float(entry.values.detach().sum(dtype=torch.float64))
+            else:  # a block's largest is its scale; sums are those before encoding
+                largest[name] = _validate.importance_values(name, entry.scales)
+                sums[name] = row.mean * row.numel
         _validate.some_importance(sums)
         return cls(summary, content_fingerprint(importance), sums, largest)
 
@@ -110,8 +107,8 @@ class Penalty:
 
 def named_importance(
     importance: Any, names: Sequence[str], params: Sequence[Tensor], are_named: bool
-) -> Mapping[str, Tensor] | None:
-    """Turn the user's importance (artifact, mapping or aligned sequence) into unwrapped name → tensor, matched."""
+) -> Importance | None:
+    """Turn the user's importance (artifact, mapping or aligned sequence) into one that fits the parameters."""
     if importance is None:
         return None
     _validate.importance_form(importance)
@@ -122,10 +119,10 @@ def named_importance(
     else:
         _validate.sequence_length("importance", len(importance), len(params))
         entries = Importance({name: t for name, t in zip(names, importance, strict=True) if t is not None})
-    _validate.importance_names(entries, names)
-    by_name = dict(zip(names, params, strict=True))
-    for name, tensor in entries.items():
-        _validate.importance_shape(name, tensor, by_name[name])
+    _validate.importance_fits(
+        {name: entries.encoded(name).shape for name in entries},
+        {name: param.shape for name, param in zip(names, params, strict=True)},
+    )
     return entries
 
 
@@ -158,11 +155,10 @@ def bind(
         state["remainder"] = dense_like(param, torch.int16).zero_()
     weights = whole(param, state)
     exact = "remainder" not in state or not bool(state["remainder"].any())
-    if slot.importance is not None:
-        encode(slot, param, storage)
-        if "anchor" not in state:
-            dtype = storage.anchor_dtype(param, exact)
-            state["anchor"] = _in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
+    kept = encode(slot, param, storage) if slot.importance is not None else None
+    if kept is not None and "anchor" not in state:
+        dtype = storage.anchor_dtype(param, exact)
+        state["anchor"] = _in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
     if record and "path_integral" not in state:
         shared = slot.importance is not None and anchor is None and torch.equal(state["anchor"].to(weights), weights)
         start = param.dtype if exact else torch.float32
@@ -170,33 +166,29 @@ def bind(
         state["path_integral"] = dense_like(param, compute_dtype(param)).zero_()
     slot.form = (
         storage.state_format(param),
-        storage.importance_format(param),
+        kept,
         state["anchor"].dtype if "anchor" in state else None,
         "remainder" in state,
     )
 
 
-def encode(slot: Slot, param: Tensor, storage: Storage) -> None:
-    """Bring the slot's importance into the form and place in which steps read it, once."""
+def encode(slot: Slot, param: Tensor, storage: Storage) -> str:
+    """Bring the slot's importance into the form and place in which steps read it, once; return the form."""
     assert slot.importance is not None
-    name = storage.importance_format(param)
-    if slot.importance_scales is not None:  # codes already
-        slot.importance = slot.importance.to(param.device)
-        slot.importance_scales = slot.importance_scales.to(param.device)
-    elif name in CODES:
-        values = slot.importance.detach().to(param.device, torch.float32).contiguous()
-        slot.importance, slot.importance_scales = _ops.encode_importance(values, CODES[name])
+    given = slot.importance.to(param.device)
+    kept = storage.importance_format(param, given.format)
+    if kept in CODES or (given.scales is not None and kept != given.format):
+        values = given._replace(values=given.values.contiguous())
+        slot.importance = _ops.merge([values], [None], [kept], (1.0, 0.0))[0][0] if kept != given.format else values
     else:
-        slot.importance = _in_layout_of(param, slot.importance, DTYPES[name])
+        slot.importance = Encoded(_in_layout_of(param, given.decoded(), DTYPES[kept]), None, kept)
+    return kept
 
 
 def decoded_importance(slot: Slot, param: Tensor) -> Tensor:
     """Return Ω on the parameter's device, as the steps see it."""
     assert slot.importance is not None
-    if slot.importance_scales is None:
-        return slot.importance.to(param.device)
-    bits = 8 if slot.importance.shape == param.shape else 4
-    return codecs.decode_importance(slot.importance, slot.importance_scales, bits)
+    return slot.importance.to(param.device).decoded()
 
 
 def whole(param: Tensor, state: Mapping[str, Any]) -> Tensor:

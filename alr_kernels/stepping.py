@@ -58,8 +58,8 @@ class Stepping(Optimizer):
             _validate.steppable(slot.name, param)
             if self.capturable:
                 _validate.capturable(slot.name, param)
-            if slot.importance is not None and slot.importance_scales is None:
-                _validate.importance_shape(slot.name, slot.importance, param)
+            if slot.importance is not None:
+                _validate.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
         for _, slot, param in members:
             slot.dtype = param.dtype
             record = self.record and param.requires_grad

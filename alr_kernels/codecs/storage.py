@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,18 +23,18 @@ FORMATS = {
 CODES = {"int8": 8, "int4": 4}  # bits
 
 
-def parse(option: str, value: object) -> str:
-    """Return the name of a format given as a string or a torch dtype."""
+def parse(option: str, value: object, role: str = "importance_dtype") -> str:
+    """Return the name of a format given as a string or a torch dtype; ``role``: which of FORMATS it is."""
     name = NAMES.get(str(value)) if isinstance(value, torch.dtype) else value
-    _validate.storage_format(option, value, name, FORMATS[option])
+    _validate.storage_format(option, value, name, FORMATS[role])
     return str(name)
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The optimizer's dtype options. ``anchor`` None keeps the parameter's dtype."""
+    """The optimizer's dtype options. ``importance`` None keeps what is given, ``anchor`` None the parameter's dtype."""
 
-    importance: str = "fp32"
+    importance: str | None = None
     anchor: str | None = None
     state: str = "fp32"
     master: str = "none"
@@ -41,19 +43,21 @@ class Storage:
     def of(cls, importance_dtype: object, anchor_dtype: object, state_dtype: object, master: str) -> Storage:
         """Check the options and return them."""
         return cls(
-            parse("importance_dtype", importance_dtype),
-            None if anchor_dtype is None else parse("anchor_dtype", anchor_dtype),
-            parse("state_dtype", state_dtype),
+            None if importance_dtype is None else parse("importance_dtype", importance_dtype),
+            None if anchor_dtype is None else parse("anchor_dtype", anchor_dtype, "anchor_dtype"),
+            parse("state_dtype", state_dtype, "state_dtype"),
             master,
         )
 
-    def importance_format(self, param: Tensor) -> str:
-        """Return how the importance of ``param`` is kept: "fp32", "bf16", "int8", "int4" or "fp64"."""
-        return _fitting(self.importance, param)
+    def importance_format(self, param: Tensor, given: str = "fp32") -> str:
+        """Return how the importance of ``param``, given in some form, is kept: one of ``DTYPES`` or ``CODES``."""
+        if self.importance is not None or param.dtype is torch.float64:
+            return fitting(self.importance or "fp32", param.shape, param.dtype)
+        return given if given in FORMATS["importance_dtype"] else "fp32"
 
     def state_format(self, param: Tensor) -> str:
         """Return how the moments of ``param`` are kept."""
-        return _fitting(self.state, param)
+        return fitting(self.state, param.shape, param.dtype)
 
     def anchor_dtype(self, param: Tensor, exact: bool = True) -> torch.dtype:
         """Return the dtype of the anchor; ``exact``: whether the parameter's own dtype holds its value."""
@@ -69,22 +73,34 @@ class Storage:
 
     def describe(self, params: list[Tensor]) -> str:
         """Say what is kept how, and how many tensors stay wide."""
-        parts = [f"importance {self.importance}", f"anchor {self.anchor or 'as param'}", f"moments {self.state}"]
+        parts = [
+            f"importance {self.importance or 'as given'}",
+            f"anchor {self.anchor or 'as param'}",
+            f"moments {self.state}",
+        ]
         parts += [f"master {self.master}"] if self.master != "none" else []
-        wide = sum(self.state_format(p) != self.state or self.importance_format(p) != self.importance for p in params)
+        wide = sum(
+            self.state_format(p) != self.state or self.importance_format(p) != (self.importance or "fp32")
+            for p in params
+        )
         wider = f"; {wide} of {len(params)} tensors stay wider (small or odd shapes)" if wide else ""
         return ", ".join(parts) + wider
 
 
 def is_small(param: Tensor) -> bool:
     """Whether a parameter is a vector or has too few elements to be worth encoding."""
-    return param.dim() < 2 or param.numel() < SMALL
+    return _is_small(param.shape)
 
 
-def _fitting(name: str, param: Tensor) -> str:
-    if param.dtype is torch.float64:
+def _is_small(shape: Sequence[int]) -> bool:
+    return len(shape) < 2 or math.prod(shape) < SMALL
+
+
+def fitting(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> str:
+    """Return the format in which a tensor of this shape is kept where ``name`` is wanted; ``dtype``: of the parameter."""
+    if dtype is torch.float64:
         return "fp64"
-    if is_small(param) or (name in CODES and param.shape[-1] % BLOCK):
+    if _is_small(shape) or (name in CODES and shape[-1] % BLOCK):
         return "fp32"
     return name
 

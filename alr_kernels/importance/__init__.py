@@ -1,6 +1,8 @@
 """Element-wise importance: recorded along training, finalised once, kept in one file."""
 
-from .artifact import Importance, ImportanceFileError, TensorStats
+from .artifact import Importance
+from .files import ImportanceFileError, ImportanceWriter
 from .recorder import ImportanceRecorder
+from .statistics import TensorStats
 
-__all__ = ["Importance", "ImportanceFileError", "ImportanceRecorder", "TensorStats"]
+__all__ = ["Importance", "ImportanceFileError", "ImportanceRecorder", "ImportanceWriter", "TensorStats"]

@@ -1,86 +1,41 @@
-"""The importance artifact: a read-only mapping name → Ω, and its file.
-
-File: one safetensors file; tensors under their unwrapped names, everything else in its metadata
-(strings; ``about`` and ``stats`` are JSON). No pickle. ``docs/artifact.md`` is the specification.
-"""
+"""The importance artifact: a read-only mapping name → Ω, in any form of storage, and what is known of it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from .. import _validate
-from .._version import __version__
+from ..codecs.encoded import Encoded
+from ..codecs.storage import fitting, parse
 from ..names import LayerBy, layer_of, unwrap
+from . import files
+from .statistics import TensorStats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "alr_kernels.importance"
-FORMAT_VERSION = 1
-
-
-class ImportanceFileError(ValueError):
-    """A file that is not a whole importance artifact which this version can read."""
-
-
-class TensorStats(NamedTuple):
-    """Statistics of one tensor (or layer). The first two are None when no path integral was recorded."""
-
-    path_integral_sum: float | None  # Σω: how much these weights lowered the loss, to first order
-    negative_mass: float | None  # Σ max(−ω, 0): what the clamp threw away
-    l2: float  # ‖Ω‖₂
-    max: float
-    mean: float
-    numel: int
-    nonfinite: int  # elements of ω that were NaN or inf; their Ω is 0
-
-    @classmethod
-    def of(cls, importance: Tensor, name: str = "importance") -> TensorStats:
-        """Compute what can be known from Ω alone, once its values are checked."""
-        _validate.importance_values(name, importance)
-        if importance.numel() == 0:
-            return cls(None, None, 0.0, 0.0, 0.0, 0, 0)
-        wide = importance.detach().double()
-        return cls(None, None, float(wide.norm()), float(wide.max()), float(wide.mean()), wide.numel(), 0)
-
-    @classmethod
-    def pooled(cls, parts: Iterable[TensorStats]) -> TensorStats:
-        """Combine the statistics of several tensors."""
-        rows = list(parts)
-        numel = sum(row.numel for row in rows)
-
-        def total(values: list[float | None]) -> float | None:
-            known = [value for value in values if value is not None]
-            return math.fsum(known) if known else None
-
-        return cls(
-            total([row.path_integral_sum for row in rows]),
-            total([row.negative_mass for row in rows]),
-            math.sqrt(math.fsum(row.l2 * row.l2 for row in rows)),
-            max((row.max for row in rows), default=0.0),
-            math.fsum(row.mean * row.numel for row in rows) / max(numel, 1),
-            numel,
-            sum(row.nonfinite for row in rows),
-        )
+MERGE_RULES = ("sum", "max", "weighted", "decayed")
 
 
 class Importance(Mapping[str, "Tensor"]):
     """Element-wise importance Ω ≥ 0 by parameter name, read-only, with how it was made.
 
+    ``importance[name]`` is Ω as floats: decoded anew at each look where it is kept in codes. ``encoded(name)`` is what
+    is kept.
+
     Args:
-        tensors: name → Ω, float32 tensors shaped as their parameters. Names are unwrapped.
-        method: the estimator, ``"path_integral"`` for recordings, anything for your own.
+        tensors: name → Ω, floating-point tensors shaped as their parameters, or encoded ones. Names are unwrapped.
+        method: the estimator: ``"path_integral"`` for recordings, ``"fisher"``, ``"mas"``, ``"magnitude_gradient"``,
+            anything for your own.
         xi: ξ of the denominator (in units of θ², or of the mean squared move when ``relative``); None if not used.
         relative: whether ξ was multiplied by each tensor's mean squared move.
-        steps: optimizer steps that were integrated.
+        steps: optimizer steps that were integrated, or samples that were averaged.
+        normalized: whether it was scaled to mean 1.
         stats: name → :class:`TensorStats`; computed from the tensors when left out.
 
     Raises:
@@ -95,7 +50,7 @@ class Importance(Mapping[str, "Tensor"]):
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor | Encoded],
         *,
         method: str = "user",
         xi: float | None = None,
@@ -106,38 +61,55 @@ class Importance(Mapping[str, "Tensor"]):
     ) -> None:
         names = [unwrap(name) for name in tensors]
         _validate.distinct_names(names)
-        for name, tensor in tensors.items():
-            _validate.importance_tensor(name, tensor)
-        self._tensors = dict(zip(names, tensors.values(), strict=True))
+        self._entries: dict[str, Encoded] = {}
+        for name, tensor in zip(names, tensors.values(), strict=True):
+            if not isinstance(tensor, Encoded):
+                _validate.importance_tensor(name, tensor)
+                tensor = Encoded.dense(tensor)
+            self._entries[name] = tensor
         self.method = method
         self.xi = xi
         self.relative = relative
         self.steps = steps
         self.is_normalized = normalized
         given = {unwrap(name): row for name, row in (stats or {}).items()}
-        self._stats = {name: given.get(name) or TensorStats.of(tensor, name) for name, tensor in self._tensors.items()}
+        self._stats = {name: given.get(name) or TensorStats.of(entry, name) for name, entry in self._entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name] if name in self._tensors else self._tensors[unwrap(name)]
+        return self.encoded(name).decoded()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._entries or unwrap(name) in self._entries)
 
     def __repr__(self) -> str:
         pooled = TensorStats.pooled(self._stats.values())
         xi = "" if self.xi is None else f", xi={self.xi:g}{' relative' if self.relative else ''}"
         return (
             f"Importance({self.method}{xi}, {self.steps} steps, {len(self)} tensors, {pooled.numel:,} elements, "
-            f"{self.nbytes:,} bytes, mean {pooled.mean:.3g}, max {pooled.max:.3g}"
+            f"{self.nbytes:,} bytes in {', '.join(self._formats())}, mean {pooled.mean:.3g}, max {pooled.max:.3g}"
             f"{', normalized' if self.is_normalized else ''})"
         )
 
+    def _formats(self) -> list[str]:
+        """Return the formats in use, that of the most elements first."""
+        sizes: dict[str, int] = {}
+        for entry in self._entries.values():
+            sizes[entry.format] = sizes.get(entry.format, 0) + entry.numel
+        return sorted(sizes, key=lambda kept: -sizes[kept])
+
+    def encoded(self, name: str) -> Encoded:
+        """Return what is kept of a parameter: floats, or codes with their scales. Do not write into it."""
+        return self._entries[name] if name in self._entries else self._entries[unwrap(name)]
+
     @property
     def stats(self) -> dict[str, TensorStats]:
-        """Statistics by tensor."""
+        """Statistics by tensor, of Ω before it was encoded."""
         return dict(self._stats)
 
     def layer_stats(self, by: LayerBy = "block") -> dict[str, TensorStats]:
@@ -149,13 +121,13 @@ class Importance(Mapping[str, "Tensor"]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors.values())
+        """Bytes of all tensors, codes and scales."""
+        return sum(entry.nbytes for entry in self._entries.values())
 
     @property
     def fingerprint(self) -> str:
         """Digest of names and shapes: the model that this importance fits."""
-        return _digest(f"{name}{tuple(tensor.shape)}" for name, tensor in sorted(self._tensors.items()))
+        return files.fingerprint({name: entry.shape for name, entry in self._entries.items()})
 
     def select(self, names: Iterable[str]) -> Importance:
         """Return the entries of these parameters (names without an entry are ignored).
@@ -164,142 +136,186 @@ class Importance(Mapping[str, "Tensor"]):
             ValueError: no entry is left.
         """
         wanted = {unwrap(name) for name in names}
-        kept = {name: tensor for name, tensor in self._tensors.items() if name in wanted}
+        kept = {name: entry for name, entry in self._entries.items() if name in wanted}
         if not kept:
             raise ValueError(
-                f"importance.select: no entry matches; it has {_validate.listed(self._tensors, 3)}, "
+                f"importance.select: no entry matches; it has {_validate.listed(self._entries, 3)}, "
                 f"asked for {_validate.listed(wanted, 3)}."
             )
-        return self._like(kept, self._stats)
+        return self._like(kept, {name: self._stats[name] for name in kept})
+
+    def to(self, device: str | torch.device) -> Importance:
+        """Return it on another device, in the same form."""
+        return self._like({name: entry.to(device) for name, entry in self._entries.items()}, self._stats)
+
+    def astype(self, dtype: str | torch.dtype) -> Importance:
+        """Return it in another form of storage.
+
+        Args:
+            dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"`` (block codes). Vectors, tensors under 4096 elements
+                and, for codes, rows of no multiple of 128 stay fp32.
+
+        Statistics stay those of the original.
+
+        >>> import torch
+        >>> importance = Importance({"layers.0.weight": torch.rand(64, 128)})
+        >>> importance.nbytes, importance.astype("int4").nbytes
+        (32768, 4224)
+        """
+        kept = parse("dtype", dtype, "importance_dtype")
+        return self._combined(
+            None, (1.0, 0.0), {name: fitting(kept, entry.shape) for name, entry in self._entries.items()}
+        )._with(self._stats, self.steps, self.is_normalized)
 
     def normalized(self) -> Importance:
-        """Return a copy scaled to mean 1 over all elements (new tensors; ω's sums stay as recorded)."""
+        """Return a copy scaled to mean 1 over all elements, in the same form (ω's sums stay as recorded)."""
         mean = TensorStats.pooled(self._stats.values()).mean
         _validate.some_importance({"mean": mean})
-        scale = 1.0 / mean
+        scaled = self._combined(None, (1.0 / mean, 0.0), {})
         stats = {
-            name: row._replace(l2=row.l2 * scale, max=row.max * scale, mean=row.mean * scale)
-            for name, row in self._stats.items()
+            name: row._replace(path_integral_sum=known.path_integral_sum, negative_mass=known.negative_mass)
+            for (name, row), known in zip(scaled._stats.items(), self._stats.values(), strict=True)
         }
-        result = self._like({name: tensor * scale for name, tensor in self._tensors.items()}, stats)
-        result.is_normalized = True
+        return scaled._with(stats, self.steps, True)
+
+    def merged(
+        self,
+        other: Importance,
+        rule: Literal["sum", "max", "weighted", "decayed"] = "sum",
+        weight: float | None = None,
+    ) -> Importance:
+        """Return both in one, for the next of several domains; computed on the codes, block by block.
+
+        ==========  =====================================================================
+        sum         Ω_a + Ω_b
+        max         max(Ω_a, Ω_b)
+        weighted    w·Ω_a + (1 − w)·Ω_b,  0 ≤ w ≤ 1
+        decayed     w·Ω_a + Ω_b,  0 ≤ w ≤ 1: the past fades (online EWC, Schwarz et al. 2018)
+        ==========  =====================================================================
+
+        Args:
+            other: Ω_b. Entries that one of the two lacks count as 0.
+            rule: see above.
+            weight: w, for ``"weighted"`` and ``"decayed"``.
+
+        Returns:
+            all entries, each in the form in which ``self`` has it (or has most of its own), on its device.
+
+        Raises:
+            ValueError: other shapes, an estimator whose Ω has another scale (unless both are ``normalized()``), a
+                weight that is missing or has no effect.
+
+        >>> import torch
+        >>> a, b = Importance({"w": torch.ones(2)}), Importance({"w": torch.ones(2), "v": torch.ones(1)})
+        >>> {name: tensor.tolist() for name, tensor in a.merged(b, "decayed", 0.5).items()}
+        {'w': [1.5, 1.5], 'v': [1.0]}
+        """
+        _validate.choice("rule", rule, MERGE_RULES)
+        factor = _validate.merge_weight(rule, weight)
+        _validate.mergeable(self, other)
+        weights = {"sum": (1.0, 1.0), "max": None, "weighted": (factor, 1.0 - factor), "decayed": (factor, 1.0)}[rule]
+        common = self._formats()[0]
+        formats = {name: fitting(common, entry.shape) for name, entry in other._entries.items() if name not in self}
+        result = self._combined(other, weights, formats)
+        if self.method != other.method:
+            result.method = f"{self.method}+{other.method}"
+        if self.xi != other.xi or self.relative != other.relative:
+            result.xi, result.relative = None, False
+        return result._with(result._stats, self.steps + other.steps, False)
+
+    def _combined(
+        self, other: Importance | None, weights: tuple[float, float] | None, formats: Mapping[str, str]
+    ) -> Importance:
+        """Return a·Ω_a + b·Ω_b (max without weights) in given formats, or where none is given as it is kept here."""
+        from .. import _ops
+
+        names = [*self, *(name for name in other or () if name not in self)]
+        device = next(iter(self._entries.values())).values.device if self._entries else torch.device("cpu")
+        seconds = [
+            other._entries[name].to(device) if other is not None and name in other._entries else None for name in names
+        ]
+        kept = [formats.get(name) or _mergeable_format(self._entries[name].format) for name in names]
+        entries, table, counts = _ops.merge([self._entries.get(name) for name in names], seconds, kept, weights)
+        stats = {}
+        for name, row, histogram in zip(names, table, counts, strict=True):
+            pair = [x._stats.get(name) if x is not None else None for x in (self, other)]
+            stats[name] = TensorStats.of_row(row, histogram, False)._replace(
+                path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in pair], pair),
+                negative_mass=_linear(weights, [past and past.negative_mass for past in pair], pair),
+                nonfinite=sum(past.nonfinite for past in pair if past is not None),
+            )
+        return self._like(dict(zip(names, entries, strict=True)), stats)
+
+    def _like(self, entries: Mapping[str, Encoded], stats: Mapping[str, TensorStats]) -> Importance:
+        result = Importance(
+            entries, method=self.method, xi=self.xi, relative=self.relative, steps=self.steps, stats=stats
+        )
+        result.is_normalized = self.is_normalized
         return result
 
-    def _like(self, tensors: dict[str, Tensor], stats: Mapping[str, TensorStats]) -> Importance:
-        return Importance(
-            tensors,
-            method=self.method,
-            xi=self.xi,
-            relative=self.relative,
-            steps=self.steps,
-            normalized=self.is_normalized,
-            stats={name: stats[name] for name in tensors},
-        )
+    def _with(self, stats: Mapping[str, TensorStats], steps: int, normalized: bool) -> Importance:
+        self._stats, self.steps, self.is_normalized = dict(stats), steps, normalized
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, atomically: a reader sees the old file or the whole new one.
+
+        What is kept in codes is written in codes. :class:`ImportanceWriter` writes tensor by tensor.
 
         Raises:
             ValueError: the name does not end in ``.safetensors``.
             OSError: the folder does not exist or cannot be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        target = _validate.importance_path(path)
-        about = {"xi": self.xi, "relative": self.relative, "steps": self.steps, "normalized": self.is_normalized}
-        metadata = {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "package_version": __version__,
-            "method": self.method,
-            "fingerprint": self.fingerprint,
-            "about": json.dumps(about),
-            "stats": json.dumps({name: list(row) for name, row in self._stats.items()}),
-        }
-        # Contiguous, and a copy where two entries share memory, which safetensors refuses.
-        tensors, memory = {}, set[int]()
-        for name, tensor in self._tensors.items():
-            dense = tensor.detach().cpu().contiguous()
-            address = dense.untyped_storage().data_ptr()
-            tensors[name] = dense.clone() if address in memory else dense
-            memory.add(address)
-        scratch = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, scratch, metadata=metadata)
-            os.umask(umask := os.umask(0o077))  # the only way to read it; safetensors makes files private
-            scratch.chmod(0o666 & ~umask)
-            with open(scratch, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(scratch, target)
-        except SafetensorError as error:
-            raise OSError(f"importance file {str(target)!r}: it could not be written: {error}") from error
-        finally:
-            scratch.unlink(missing_ok=True)
+        about = files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized)
+        layout = {name: (entry.format, tuple(entry.shape)) for name, entry in self._entries.items()}
+        with files.ImportanceWriter.of_layout(path, layout, about) as writer:
+            for name, entry in self._entries.items():
+                writer.add(name, entry, self._stats[name])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Importance:
-        """Read a file that :meth:`save` wrote.
+        """Read a file that :meth:`save` or :class:`ImportanceWriter` wrote.
+
+        On the CPU its tensors stay in the file, which is mapped into memory, until they are looked at: a file larger
+        than memory can be read tensor by tensor. On another device each goes there by itself.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ImportanceFileError: it is truncated, foreign, inconsistent, or of a newer format.
+            ImportanceFileError: it is truncated, foreign, inconsistent, or of another format version.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"importance file {str(path)!r}: no such file.")
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                _check_format(path, metadata)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            stats = {name: TensorStats(*row) for name, row in json.loads(metadata["stats"]).items()}
-            result = cls(tensors, method=metadata["method"], stats=stats, **json.loads(metadata["about"]))
-            recorded = metadata["fingerprint"]
-        except ImportanceFileError:
-            raise
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ImportanceFileError(
-                f"importance file {str(path)!r}: expected a whole alr_kernels importance file, got {error}; "
-                "it is truncated or damaged: write it again with Importance.save()."
-            ) from error
-        if result.fingerprint != recorded:
-            raise ImportanceFileError(
-                f"importance file {str(path)!r}: expected names and shapes of fingerprint {recorded}, "
-                f"got {result.fingerprint}; it was changed after it was written."
-            )
-        return result
+        entries, stats, about = files.read(path, str(device))
+        return cls(entries, stats=stats, **about._asdict())
 
 
-def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise ImportanceFileError(
-            f"importance file {str(path)!r}: expected format {FORMAT!r}, got {metadata.get('format')!r}; "
-            "it is a safetensors file of something else (model weights?)."
-        )
-    version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
-        raise ImportanceFileError(
-            f"importance file {str(path)!r}: format version {version!r} is newer than {FORMAT_VERSION}, written by "
-            f"alr_kernels {metadata.get('package_version', '?')}; this is {__version__}: upgrade alr_kernels."
-        )
+def _mergeable_format(kept: str) -> str:
+    return "fp32" if kept == "fp16" else kept  # sums may pass what float16 holds
 
 
-def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Digest of names, shapes and values, the same for any device or thread count.
+def _linear(
+    weights: tuple[float, float] | None, values: list[float | None], pair: list[TensorStats | None]
+) -> float | None:
+    """Return a·x_a + b·x_b; None where one that is there is not known, or where a maximum was taken."""
+    if weights is None or any(value is None and past is not None for value, past in zip(values, pair, strict=True)):
+        return None
+    return math.fsum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True))
+
+
+def content_fingerprint(importance: Importance) -> str:
+    """Digest of names, shapes and values as they are kept, the same for any device or thread count.
 
     The values enter as integer sums of their bit patterns times their positions, modulo 2^64: exact, so that nothing
     depends on rounding, and different when values change places.
     """
-    return _digest(
-        f"{name}{tuple(tensor.shape)}{tensor.dtype}{_checksum(tensor.detach())}"
-        for name, tensor in sorted(tensors.items())
-    )
+    lines = []
+    for name in sorted(importance):
+        entry = importance.encoded(name)
+        scales = "" if entry.scales is None else f" {_checksum(entry.scales.detach())}"
+        lines.append(f"{name}{tuple(entry.shape)}{entry.format}{_checksum(entry.values.detach())}{scales}")
+    return files.digest(lines)
 
 
 def _checksum(tensor: Tensor, chunk: int = 2**20) -> int:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.contiguous().view(-1).view(integer)
     position = torch.arange(1, chunk + 1, device=bits.device)
     total = 0
@@ -307,7 +323,3 @@ def _checksum(tensor: Tensor, chunk: int = 2**20) -> int:
         part = bits[start : start + chunk].long()
         total += int((part * position[: part.numel()]).sum()) + start * int(part.sum())
     return total % 2**64
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

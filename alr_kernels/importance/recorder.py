@@ -3,48 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .. import _ops, _validate
+from ..codecs.storage import fitting, parse
 from ..names import unwrap
-from .artifact import Importance, TensorStats
+from .artifact import Importance
+from .files import About, ImportanceWriter
+from .statistics import TensorStats
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.optim import Optimizer
 
 SMALLEST_XI = 1e-30  # below, ω/ξ leaves float32 and weights that did not move lose their rank
 
 
-def finalised(
-    names: list[str],
-    path_integrals: list[Tensor],
-    params: list[Tensor],
-    starts: list[Tensor],
-    *,
-    xi: float,
-    relative: bool,
-    steps: int,
-    allow_nonfinite: bool,
-) -> Importance:
-    """Turn recorded ω into an :class:`Importance`; used by the recorder and by ``AlrAdamW``."""
-    xi = _validate.number("xi", xi, low=SMALLEST_XI)
-    tensors, stats = _ops.finalise(path_integrals, params, starts, xi, relative=relative)
-    rows = {
-        name: TensorStats(total, negative, l2, largest, mean, int(numel), int(nonfinite))
-        for name, (total, negative, l2, largest, mean, numel, nonfinite) in zip(names, stats.tolist(), strict=True)
-    }
-    _validate.finite_recording({name: row.nonfinite for name, row in rows.items()}, allow_nonfinite)
-    return Importance(
-        dict(zip(names, tensors, strict=True)),
-        method="path_integral",
-        xi=xi,
-        relative=relative,
-        steps=steps,
-        stats=rows,
-    )
+class Recording(NamedTuple):
+    """Recorded ω with what finalising it needs, one list entry per tensor."""
+
+    names: list[str]
+    path_integrals: list[Tensor]
+    params: list[Tensor]  # θ_end
+    starts: list[Tensor]
+    steps: int
+
+    def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
+        """Return the importance, everything in one call."""
+        about = self._about(xi, relative)
+        columns = (self.path_integrals, self.params, self.starts, self._formats(dtype))
+        entries, table, counts = _ops.finalise(*columns, xi, relative=relative)
+        rows = map(TensorStats.of_row, table, counts)
+        stats = dict(zip(self.names, rows, strict=True))
+        _validate.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
+        return Importance(dict(zip(self.names, entries, strict=True)), stats=stats, **about._asdict())
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        xi: float,
+        relative: bool,
+        allow_nonfinite: bool,
+        dtype: str | torch.dtype,
+    ) -> None:
+        """Finalise into a file, tensor by tensor: memory holds the importance of one."""
+        about, formats = self._about(xi, relative), self._formats(dtype)
+        shapes = [tuple(param.shape) for param in self.params]
+        layout = dict(zip(self.names, zip(formats, shapes, strict=True), strict=True))
+        nonfinite = {}
+        with ImportanceWriter.of_layout(path, layout, about) as writer:
+            columns = (self.path_integrals, self.params, self.starts, formats)
+            for i, name in enumerate(self.names):
+                (entry,), table, counts = _ops.finalise(*([column[i]] for column in columns), xi, relative=relative)
+                stats = TensorStats.of_row(table[0], counts[0])
+                nonfinite[name] = stats.nonfinite
+                writer.add(name, entry, stats)
+            _validate.finite_recording(nonfinite, allow_nonfinite)
+
+    def _about(self, xi: float, relative: bool) -> About:
+        return About("path_integral", _validate.number("xi", xi, low=SMALLEST_XI), relative, self.steps)
+
+    def _formats(self, dtype: str | torch.dtype) -> list[str]:
+        kept = parse("dtype", dtype)
+        return [fitting(kept, param.shape, param.dtype) for param in self.params]
 
 
 class ImportanceRecorder:
@@ -150,7 +174,14 @@ class ImportanceRecorder:
         for name, param in self._params.items():
             self._versions[name] = (param.data_ptr(), param._version)
 
-    def finalise(self, xi: float = 1e-6, *, relative: bool = False, allow_nonfinite: bool = False) -> Importance:
+    def finalise(
+        self,
+        xi: float = 1e-6,
+        *,
+        relative: bool = False,
+        allow_nonfinite: bool = False,
+        dtype: str | torch.dtype = "fp32",
+    ) -> Importance:
         """Return Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ); a pure read, recording may go on.
 
         Args: as ``AlrAdamW.recorded_importance``.
@@ -159,15 +190,27 @@ class ImportanceRecorder:
             RuntimeError: no step was recorded.
             ValueError: ξ ≤ 0, or non-finite ω without ``allow_nonfinite``.
         """
+        return self._recording().finalised(xi, relative, allow_nonfinite, dtype)
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        xi: float = 1e-6,
+        *,
+        relative: bool = False,
+        allow_nonfinite: bool = False,
+        dtype: str | torch.dtype = "fp32",
+    ) -> None:
+        """Finalise into a file, tensor by tensor; as :meth:`finalise` and ``Importance.save``."""
+        self._recording().save(path, xi, relative, allow_nonfinite, dtype)
+
+    def _recording(self) -> Recording:
         _validate.recording(True, bool(self._starts))
         names = list(self._starts)
-        return finalised(
+        return Recording(
             names,
             [self._path_integrals[name] for name in names],
             [self._params[name] for name in names],
             [self._starts[name] for name in names],
-            xi=xi,
-            relative=relative,
-            steps=self.steps,
-            allow_nonfinite=allow_nonfinite,
+            self.steps,
         )

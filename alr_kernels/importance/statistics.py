@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from .. import _validate
+from ..codecs.encoded import Encoded
 
 # Columns of the statistics, one float64 row per tensor; of Ω before it is encoded.
 STATISTICS = ("path_integral_sum", "negative_mass", "l2", "max", "mean", "numel", "nonfinite")
 BINS = 64  # of the histogram: bin b counts Ω in [4^b · 2^-63, 4^(b+1) · 2^-63); the first all below, the last all above
+CHUNK = 2**22  # elements looked at together, so that no temporary is as large as the tensor
 
 
 def statistics(path_integral: Tensor | None, importance: Tensor, finite: Tensor | None = None) -> Tensor:
@@ -30,3 +38,83 @@ def histogram(importance: Tensor) -> Tensor:
     """Return the counts [BINS] int64 of Ω ≥ 0, by half the exponent of its float32 value."""
     bins = ((importance.float().reshape(-1).view(torch.int32) >> 24) - 32).clamp(0, BINS - 1)
     return torch.bincount(bins, minlength=BINS)
+
+
+class TensorStats(NamedTuple):
+    """Statistics of one tensor (or layer). The first two are None when no path integral was recorded."""
+
+    path_integral_sum: float | None  # Σω: how much these weights lowered the loss, to first order
+    negative_mass: float | None  # Σ max(−ω, 0): what the clamp threw away
+    l2: float  # ‖Ω‖₂
+    max: float
+    mean: float
+    numel: int
+    nonfinite: int  # elements of ω (or of a sample's gradient) that were NaN or inf; their Ω is 0
+    histogram: tuple[int, ...] = (0,) * BINS  # elements with Ω in [4^b · 2^-63, 4^(b+1) · 2^-63); ends are open
+
+    @classmethod
+    def of_row(cls, row: Tensor, counts: Tensor, has_path_integral: bool = True) -> TensorStats:
+        """Build from a row of ``STATISTICS`` and a histogram."""
+        total, negative, l2, largest, mean, numel, nonfinite = row.tolist()
+        known = has_path_integral and not math.isnan(total)
+        return cls(
+            path_integral_sum=total if known else None,
+            negative_mass=negative if known else None,
+            l2=l2,
+            max=largest,
+            mean=mean,
+            numel=int(numel),
+            nonfinite=int(nonfinite),
+            histogram=tuple(counts.tolist()),
+        )
+
+    def row(self) -> list[float]:
+        """Return it as a row of ``STATISTICS``; NaN where nothing is known."""
+        omega = (math.nan if value is None else value for value in (self.path_integral_sum, self.negative_mass))
+        return [*omega, self.l2, self.max, self.mean, self.numel, self.nonfinite]
+
+    @classmethod
+    def of(cls, importance: Tensor | Encoded, name: str = "importance") -> TensorStats:
+        """Compute what can be known from Ω alone, once its values are checked."""
+        dense = importance.decoded() if isinstance(importance, Encoded) else importance.detach()
+        _validate.importance_values(name, dense)
+        parts = [dense] if dense.numel() <= CHUNK else dense.reshape(-1).split(CHUNK)
+        return cls.pooled(cls.of_row(statistics(None, part), histogram(part), False) for part in parts)
+
+    @classmethod
+    def pooled(cls, parts: Iterable[TensorStats]) -> TensorStats:
+        """Combine the statistics of several tensors."""
+        rows = list(parts)
+        numel = sum(row.numel for row in rows)
+
+        def total(values: list[float | None]) -> float | None:
+            known = [value for value in values if value is not None]
+            return math.fsum(known) if known else None
+
+        return cls(
+            total([row.path_integral_sum for row in rows]),
+            total([row.negative_mass for row in rows]),
+            math.hypot(*(row.l2 for row in rows)),
+            max((row.max for row in rows), default=0.0),
+            math.fsum(row.mean * row.numel for row in rows) / max(numel, 1),
+            numel,
+            sum(row.nonfinite for row in rows),
+            tuple(map(sum, zip(*(row.histogram for row in rows), strict=True))) or (0,) * BINS,
+        )
+
+
+class Summary(dict[str, TensorStats]):
+    """Statistics by name: all that coefficients need of an importance, so that its tensors can be let go."""
+
+    @property
+    def stats(self) -> Mapping[str, TensorStats]:
+        """What :func:`layer_norms` looks for."""
+        return self
+
+
+def stacked(rows: Iterable[TensorStats]) -> tuple[Tensor, Tensor]:
+    """Return statistics [n, 7] float64 and histograms [n, BINS] int64."""
+    listed = list(rows)
+    table = torch.tensor([row.row() for row in listed], dtype=torch.float64)
+    counts = torch.tensor([row.histogram for row in listed], dtype=torch.int64)
+    return table.reshape(-1, len(STATISTICS)), counts.reshape(-1, BINS)

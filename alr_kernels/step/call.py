@@ -79,14 +79,14 @@ class Call:
             grads=[param.grad for _, param in rows],
             exp_avgs=column("exp_avg"),
             exp_avg_sqs=column("exp_avg_sq"),
-            importances=[slot.importance for slot, _ in rows] if penalised else (),
+            importances=[slot.importance.values for slot, _ in rows] if penalised else (),  # type: ignore[union-attr]
             anchors=column("anchor") if penalised else (),
             path_integrals=column("path_integral") if record else (),
             remainders=column("remainder") if "remainder" in states[0] else (),
             exp_avg_scales=column("exp_avg_scale") if coded else (),
             exp_avg_sq_scales=column("exp_avg_sq_scale") if coded else (),
-            importance_scales=[slot.importance_scales for slot, _ in rows]
-            if penalised and rows[0][0].importance_scales is not None
+            importance_scales=[slot.importance.scales for slot, _ in rows]  # type: ignore[union-attr]
+            if penalised and rows[0][0].importance.scales is not None  # type: ignore[union-attr]
             else (),
         )
         numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys)

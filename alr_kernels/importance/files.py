@@ -1,0 +1,312 @@
+"""The importance file: a safetensors file that can be written and read tensor by tensor.
+
+safetensors puts a table of all tensors first. Names, shapes and formats are known before the first value is, so the
+table is written at once and each tensor into its place as it comes: no more than one is ever in memory.
+``docs/artifact.md`` is the specification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import _validate
+from .._version import __version__
+from ..codecs.encoded import Encoded
+from ..codecs.reference import BLOCK
+from ..codecs.storage import CODES, fitting, parse
+from ..names import unwrap
+from .statistics import BINS, STATISTICS, TensorStats, stacked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = "alr_kernels.importance"
+FORMAT_VERSION = 2  # 1 was never released
+STATISTICS_NAME, HISTOGRAM_NAME, SCALES_SUFFIX = ":statistics", ":histogram", ":scales"  # ":" is in no parameter's name
+# safetensors' names of dtypes, widest first: the order in which tensors lie, so that each is aligned to its width.
+SAFETENSORS = {"fp64": "F64", "int64": "I64", "fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "U8", "int4": "U8"}
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
+
+
+class ImportanceFileError(ValueError):
+    """A file that is not a whole importance artifact which this version can read."""
+
+
+class About(NamedTuple):
+    """What a file says of itself besides its tensors."""
+
+    method: str
+    xi: float | None = None
+    relative: bool = False
+    steps: int = 0
+    normalized: bool = False
+
+
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (format, shape of the parameter)
+
+
+def fingerprint(shapes: Mapping[str, Iterable[int]]) -> str:
+    """Digest of names and shapes: the model that an importance fits."""
+    return digest(f"{name}{tuple(shape)}" for name, shape in sorted(shapes.items()))
+
+
+def digest(lines: Iterable[str]) -> str:
+    """Return 16 hex digits for a list of lines."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _table(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return stored name → (safetensors dtype, shape), in the order in which they lie in the file."""
+    parts: dict[str, tuple[str, tuple[int, ...]]] = {
+        STATISTICS_NAME: ("F64", (len(layout), len(STATISTICS))),
+        HISTOGRAM_NAME: ("I64", (len(layout), BINS)),
+    }
+    for name, (kept, shape) in layout.items():
+        stored = (*shape[:-1], shape[-1] // 2) if kept == "int4" else tuple(shape)
+        parts[name] = (SAFETENSORS[kept], stored)
+        if kept in CODES:
+            parts[name + SCALES_SUFFIX] = ("BF16", (*shape[:-1], shape[-1] // BLOCK))
+    return dict(sorted(parts.items(), key=lambda part: -WIDTHS[part[1][0]]))
+
+
+class ImportanceWriter:
+    """Write an importance file tensor by tensor, in any order; memory holds one tensor at a time.
+
+    Nothing is seen under ``path`` until :meth:`close`: until then a file that was there stays whole, whatever happens.
+
+    Args:
+        path: ends in ``.safetensors``; its folder exists.
+        shapes: name → shape of the parameter, of every tensor to come.
+        dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``; vectors, tensors under 4096 elements and, for codes,
+            rows of no multiple of 128 stay fp32.
+        method, xi, relative, steps, normalized: as of :class:`Importance`.
+
+    Raises:
+        ValueError: a name that is not expected or comes twice, another shape, a tensor that is missing at the end.
+        OSError: the file cannot be written.
+
+    >>> import tempfile, torch
+    >>> from alr_kernels import Importance
+    >>> path = tempfile.mkdtemp() + "/importance.safetensors"
+    >>> with ImportanceWriter(path, {"layers.0.weight": (64, 128)}, dtype="int4", method="user") as writer:
+    ...     writer.add("layers.0.weight", torch.ones(64, 128))
+    >>> Importance.load(path).nbytes
+    4224
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        shapes: Mapping[str, Iterable[int]],
+        *,
+        dtype: str | torch.dtype = "fp32",
+        method: str = "user",
+        xi: float | None = None,
+        relative: bool = False,
+        steps: int = 0,
+        normalized: bool = False,
+    ) -> None:
+        kept = parse("dtype", dtype, "importance_dtype")
+        _validate.distinct_names(unwrap(name) for name in shapes)
+        layout = {unwrap(name): tuple(shape) for name, shape in shapes.items()}
+        about = About(method, xi, relative, steps, normalized)
+        self._open(path, {name: (fitting(kept, shape), shape) for name, shape in layout.items()}, about)
+
+    @classmethod
+    def of_layout(cls, path: str | os.PathLike[str], layout: Layout, about: About) -> ImportanceWriter:
+        """Return a writer of tensors in given formats."""
+        writer = cls.__new__(cls)
+        writer._open(path, layout, about)
+        return writer
+
+    def _open(self, path: str | os.PathLike[str], layout: Layout, about: About) -> None:
+        self._target = _validate.importance_path(path)
+        self._layout = layout
+        self._stats: dict[str, TensorStats] = {}
+        header, self._places = _header(layout, about)
+        self._scratch = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
+        _remove_abandoned(self._target)
+        self._file: Any = open(self._scratch, "w+b")  # noqa: SIM115 - closed by close() or abort()
+        try:
+            self._file.write(header)
+            self._file.truncate(max((end for _, end in self._places.values()), default=len(header)))
+        except OSError:
+            self.abort()
+            raise
+
+    def __enter__(self) -> ImportanceWriter:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def add(self, name: str, importance: Tensor | Encoded, stats: TensorStats | None = None) -> None:
+        """Write Ω of one parameter: floats, which are encoded here, or what is encoded already.
+
+        ``stats`` are those of Ω before encoding; without them they are computed.
+        """
+        from .. import _ops
+
+        name = unwrap(name)
+        _validate.expected_entry(name, self._layout, self._stats)
+        kept, shape = self._layout[name]
+        given = importance if isinstance(importance, Encoded) else Encoded.dense(importance.detach())
+        _validate.entry_shape(name, given.shape, shape)
+        row = stats or TensorStats.of(importance, name)
+        if given.format != kept:
+            given = _ops.merge([given], [None], [kept], (1.0, 0.0))[0][0]
+        self._put(name, given.values)
+        if given.scales is not None:
+            self._put(name + SCALES_SUFFIX, given.scales)
+        self._stats[name] = row
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        begin, end = self._places[name]
+        data = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert data.nbytes == end - begin, name
+        self._file.seek(begin)
+        self._file.write(data)
+
+    def close(self) -> None:
+        """Flush to disk and put the file in its place.
+
+        Raises:
+            ValueError: a tensor is missing; the file that was there stays.
+        """
+        if self._file is None:
+            return
+        try:
+            _validate.complete_file(str(self._target), self._layout, self._stats)
+            table, counts = stacked(self._stats[name] for name in self._layout)
+            self._put(STATISTICS_NAME, table)
+            self._put(HISTOGRAM_NAME, counts)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._scratch, self._target)
+            self._file = None
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Give up and remove what was written; a file that was there stays. Does nothing after :meth:`close`."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            self._scratch.unlink(missing_ok=True)
+
+
+def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Return the head of the file and the places (begin, end) of its tensors."""
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "package_version": __version__,
+        "method": about.method,
+        "fingerprint": fingerprint({name: shape for name, (_, shape) in layout.items()}),
+        "about": json.dumps({key: value for key, value in about._asdict().items() if key != "method"}),
+        "layout": json.dumps([[name, kept, list(shape)] for name, (kept, shape) in layout.items()]),
+    }
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    offsets, at = {}, 0
+    for name, (dtype, shape) in _table(layout).items():
+        size = math.prod(shape) * WIDTHS[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+        offsets[name] = (at, at + size)
+        at += size
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    start = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: (start + a, start + b) for name, (a, b) in offsets.items()}
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what writers of this file left that were killed."""
+    for path in target.parent.glob(f".{target.name}.*.partial"):
+        process = path.name.removesuffix(".partial").rpartition(".")[2]
+        if process.isdigit() and int(process) != os.getpid() and not _alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded], dict[str, TensorStats], About]:
+    """Return the entries of a file, which on the CPU stay in it until they are looked at, and what goes with them."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"importance file {str(path)!r}: no such file.")
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata)
+            layout = {name: (kept, tuple(shape)) for name, kept, shape in json.loads(metadata["layout"])}
+            expected = {name: (dtype, list(shape)) for name, (dtype, shape) in _table(layout).items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+            _check_layout(path, metadata["fingerprint"], layout, expected, found)
+            entries = {}
+            for name, (kept, _) in layout.items():
+                scales = file.get_tensor(name + SCALES_SUFFIX) if kept in CODES else None
+                entries[name] = Encoded(file.get_tensor(name), scales, kept)
+            table, counts = (file.get_tensor(name).cpu() for name in (STATISTICS_NAME, HISTOGRAM_NAME))
+        about = About(metadata["method"], **json.loads(metadata["about"]))
+        stats = {name: TensorStats.of_row(*pair) for name, *pair in zip(layout, table, counts, strict=True)}
+    except ImportanceFileError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: expected a whole alr_kernels importance file, got {error}; "
+            "it is truncated or damaged: write it again with Importance.save()."
+        ) from error
+    return entries, stats, about
+
+
+def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: expected format {FORMAT!r}, got {metadata.get('format')!r}; "
+            "it is a safetensors file of something else (model weights?)."
+        )
+    version, writer = metadata.get("format_version", ""), metadata.get("package_version", "?")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: format version {version!r} is newer than {FORMAT_VERSION}, written by "
+            f"alr_kernels {writer}; this is {__version__}: upgrade alr_kernels."
+        )
+    if int(version) < FORMAT_VERSION:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: format version {version} was written by a development version before "
+            f"0.1.0; this reads {FORMAT_VERSION}: record it again."
+        )
+
+
+def _check_layout(
+    path: str | os.PathLike[str], recorded: str, layout: Layout, expected: Mapping[str, Any], found: Mapping[str, Any]
+) -> None:
+    differing = [name for name in {*found, *expected} if found.get(name) != expected.get(name)]
+    if differing or fingerprint({name: shape for name, (_, shape) in layout.items()}) != recorded:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: expected the names, dtypes and shapes of fingerprint {recorded}; "
+            f"{_validate.listed(differing) or 'its list of them'} differ; it was changed after it was written."
+        )
