@@ -63,16 +63,12 @@ class Penalty:
 
     @classmethod
     def of(cls, importance: Importance) -> Penalty:
-        """Check values and take sums: a few passes over each tensor, none over what is kept in codes."""
-        summary, sums, largest = Summary(importance.stats), {}, {}
-        for name, row in summary.items():
-            entry = importance.encoded(name)
-            if entry.scales is None:
-                largest[name] = _validate.importance_values(name, entry.values)
-                sums[name] = float(entry.values.detach().sum(dtype=torch.float64))
-            else:  # a block's largest is its scale; sums are those before encoding
-                largest[name] = _validate.importance_values(name, entry.scales)
-                sums[name] = row.mean * row.numel
+        """Check values: a pass over each tensor, of codes over the scales, which are their blocks' largest values."""
+        summary, largest = Summary(importance.stats), {}
+        for name in summary:
+            values, scales, _ = importance.encoded(name)
+            largest[name] = _validate.importance_values(name, values if scales is None else scales)
+        sums = {name: row.mean * row.numel for name, row in summary.items()}
         _validate.some_importance(sums)
         return cls(summary, content_fingerprint(importance), sums, largest)
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import alr_kernels
 from alr_kernels import AlrAdamW, Importance, ImportanceFileError
-from alr_kernels.importance import TensorStats
+from alr_kernels.importance import TensorStats, files
 
 
 def recorded(xi=1e-5, **options):
@@ -88,13 +88,15 @@ def test_file_is_plain_safetensors_with_named_metadata(saved):
     importance, path = saved
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        assert set(file.keys()) == set(importance)
+        assert set(file.keys()) == {*importance, ":statistics", ":histogram"}
+        assert file.get_tensor(":statistics")[:, 5].tolist() == [t.numel() for t in importance.values()]
+        assert file.get_tensor(":histogram").sum(1).tolist() == [t.numel() for t in importance.values()]
     assert metadata["format"] == "alr_kernels.importance"
-    assert metadata["format_version"] == "1"
+    assert metadata["format_version"] == "2"
     assert metadata["package_version"] == alr_kernels.__version__
     assert metadata["method"] == "path_integral"
     assert json.loads(metadata["about"]) == {"xi": 1e-5, "relative": False, "steps": 3, "normalized": False}
-    assert json.loads(metadata["stats"]).keys() == importance.keys()
+    assert json.loads(metadata["layout"]) == [[name, "fp32", list(t.shape)] for name, t in importance.items()]
 
 
 def test_saving_over_an_older_file(saved):
@@ -160,22 +162,23 @@ def rewritten(path, **changes):
     safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("version", ["2", "99", "x", "", "-1"])
+@pytest.mark.parametrize("version", ["1", "3", "99", "x", "", "-1"])
 def test_newer_or_unreadable_format_version(saved, version):
     rewritten(saved[1], format_version=version)
-    with pytest.raises(ImportanceFileError, match="upgrade alr_kernels" if version in ("2", "99") else "version"):
+    with pytest.raises(ImportanceFileError, match={"1": "record it again"}.get(version, "upgrade alr_kernels")):
         Importance.load(saved[1])
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, None) for key in ("method", "fingerprint", "about", "stats")),
-        *((key, value) for key in ("about", "stats") for value in ("", "{", "[]", "[1]", "1", "null", '"text"')),
+        *((key, None) for key in ("method", "fingerprint", "about", "layout")),
+        *((key, value) for key in ("about", "layout") for value in ("", "{", "[]", "[1]", "1", "null", '"text"')),
         ("about", '{"unknown": 1}'),
-        ("stats", '{"embed.weight": [1]}'),
-        ("stats", '{"embed.weight": 3}'),
-        ("stats", '{"embed.weight": {"a": 1}}'),
+        ("layout", '[["embed.weight", "fp32", [1]]]'),
+        ("layout", '[["embed.weight", "fp31", [11, 4]]]'),
+        ("layout", '[["embed.weight", "int4", []]]'),
+        ("layout", '{"embed.weight": {"a": 1}}'),
         ("fingerprint", "0123456789abcdef"),
     ],
 )
@@ -183,6 +186,17 @@ def test_damaged_metadata_is_one_error(saved, key, value):
     rewritten(saved[1], **{key: value})
     with pytest.raises(ImportanceFileError, match=r"importance\.safetensors"):
         Importance.load(saved[1])
+
+
+def test_a_changed_file_says_which_names_differ(saved):
+    _, path = saved
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["other.weight"] = tensors.pop("embed.weight")
+    tensors["head.bias"] = torch.ones(9)
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    with pytest.raises(ImportanceFileError, match=r"'embed\.weight', 'head\.bias', 'other\.weight' differ"):
+        Importance.load(path)
 
 
 def test_folder_in_place_of_a_file(tmp_path):
@@ -203,11 +217,14 @@ def test_write_that_fails_midway_leaves_the_old_file(saved, monkeypatch):
     importance, path = saved
     before = path.read_bytes()
 
-    def fails(tensors, target, metadata):
-        Path(target).write_bytes(b"half of it")
-        raise OSError("disk full")
+    written = files.ImportanceWriter._put
 
-    monkeypatch.setattr(safetensors.torch, "save_file", fails)
+    def fails(writer, name, tensor):
+        if name == "head.bias":
+            raise OSError("disk full")
+        written(writer, name, tensor)
+
+    monkeypatch.setattr(files.ImportanceWriter, "_put", fails)
     with pytest.raises(OSError, match="disk full"):
         importance.normalized().save(path)
     assert path.read_bytes() == before
@@ -215,22 +232,28 @@ def test_write_that_fails_midway_leaves_the_old_file(saved, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys, torch, safetensors.torch
-from alr_kernels import Importance
-def fails(tensors, target, metadata):
-    open(target, "wb").write(b"half of it")
-    os.kill(os.getpid(), signal.SIGKILL)
-safetensors.torch.save_file = fails
-Importance({"other": torch.ones(2)}).save(sys.argv[1])
+import os, signal, sys, torch
+from alr_kernels.importance import ImportanceWriter
+writer = ImportanceWriter(sys.argv[1], {"one": (2,), "two": (3,)})
+writer.add("one", torch.ones(2))
+if sys.argv[2] == "whole":
+    writer.add("two", torch.ones(3))
+    os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    writer.close()
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_write_that_is_killed_leaves_the_old_file(saved):
+@pytest.mark.parametrize("when", ["half", "whole"])
+def test_write_that_is_killed_leaves_the_old_file(saved, when):
     importance, path = saved
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path)], cwd=root, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), when], cwd=root, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert_same_importance(Importance.load(path), importance)
+    assert len(list(path.parent.iterdir())) == 2, "what the killed writer left"
+    importance.save(path)
+    assert [p.name for p in path.parent.iterdir()] == [path.name], "the next writer of the file clears it away"
 
 
 def test_folder_that_is_not_there(tmp_path):
@@ -254,6 +277,23 @@ def test_nothing_in_the_package_unpickles():
 
 
 # ---------------------------------------------------------------- the mapping
+
+
+def counts(importance):
+    """Count Ω by powers of 4 from 2^-63, ends open: the artifact's histogram, by logarithms."""
+    bins = [0] * 64
+    for value in importance.double().flatten().tolist():
+        bins[0 if value == 0 else min(63, max(0, math.floor((math.log2(value) + 63) / 2)))] += 1
+    return tuple(bins)
+
+
+def test_histogram_counts_every_element_in_its_bin():
+    edges = [4.0**b * 2.0**-63 for b in range(64)]
+    values = torch.tensor([0.0, 1e-45, 1e-38, 3e38, *edges, *(edge * 1.0000001 for edge in edges)])
+    values = torch.cat([values, torch.rand(1000) ** 20, torch.nextafter(values[4:68], torch.tensor(0.0))])
+    found = Importance({"w": values}).stats["w"].histogram
+    assert found == counts(values)
+    assert sum(found) == values.numel()
 
 
 def test_it_is_read_only():
@@ -320,13 +360,15 @@ def test_layer_stats_are_those_of_the_layers_elements(by):
     for layer, parts in members.items():
         whole = torch.cat(parts)
         expected = (None, None, float(whole.norm()), float(whole.max()), float(whole.mean()), whole.numel(), 0)
-        assert tuple(found[layer]) == pytest.approx(expected)
+        assert tuple(found[layer])[:-1] == pytest.approx(expected)
+        assert found[layer].histogram == counts(whole)
 
 
 def test_pooled_statistics_add_up():
-    rows = [TensorStats(1.0, 0.5, 3.0, 2.0, 1.0, 4, 1), TensorStats(-2.0, 0.25, 4.0, 5.0, 3.0, 12, 2)]
-    assert TensorStats.pooled(rows) == (-1.0, 0.75, 5.0, 5.0, 2.5, 16, 3)
-    assert TensorStats.pooled([]) == (None, None, 0.0, 0.0, 0.0, 0, 0)
+    once, twice = (1,) + (0,) * 63, (2, 1) + (0,) * 62
+    rows = [TensorStats(1.0, 0.5, 3.0, 2.0, 1.0, 4, 1, once), TensorStats(-2.0, 0.25, 4.0, 5.0, 3.0, 12, 2, twice)]
+    assert TensorStats.pooled(rows) == (-1.0, 0.75, 5.0, 5.0, 2.5, 16, 3, (3, 1) + (0,) * 62)
+    assert TensorStats.pooled([]) == (None, None, 0.0, 0.0, 0.0, 0, 0, (0,) * 64)
     assert math.isclose(Importance({"w": torch.tensor([3.0, 4.0])}).stats["w"].l2, 5.0)
 
 

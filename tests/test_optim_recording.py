@@ -70,4 +70,4 @@ def test_importance_stays_the_users_tensor():
     optimizer = AlrAdamW([weight], [importance])
     weight.grad = torch.randn(8)
     optimizer.step()
-    assert optimizer._slots[0][0].importance.data_ptr() == importance.data_ptr()
+    assert optimizer._slots[0][0].importance.values.data_ptr() == importance.data_ptr()

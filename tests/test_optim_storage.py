@@ -127,7 +127,7 @@ def test_repr_counts_what_stays_wide():
     assert "4 of 7 tensors" in repr(new(model, state_dtype=BF16))  # rows need no blocks
     assert "5 of 7 tensors" in repr(new(model, importance_dtype="int8"))
     plain = repr(new(model))
-    assert "importance fp32, anchor as param, moments fp32" in plain
+    assert "importance as given, anchor as param, moments fp32" in plain
     assert "stay wider" not in plain
 
 

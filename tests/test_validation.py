@@ -6,6 +6,7 @@ import ast
 import copy
 import math
 import re
+import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from cases import BF16, F32, assert_unchanged, random_importance, snapshot, tiny
 from torch import nn
 
 from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, ImportanceRecorder, _ops, _validate, layer_coefficients
+from alr_kernels.importance import ImportanceWriter
 
 SOURCE = Path(_validate.__file__)
 ALPHAS = {"embed": 0.25, "layers.0": 0.25, "layers.1": 0.25, "head": 0.25}
@@ -37,6 +39,23 @@ def step(param, grad=None, **options):
     optimizer = one(param=param, **options)
     param.grad = grad
     optimizer.step()
+
+
+def of(method, shape=2):
+    return Importance({"w": torch.ones(shape)}, method=method)
+
+
+def merged(**options):
+    return of("mas").merged(of("mas"), **options)
+
+
+def writer(shapes):
+    return ImportanceWriter(Path(tempfile.mkdtemp()) / "i.safetensors", shapes)
+
+
+def twice(target):
+    for _ in range(2):
+        target.add("w", p(2))
 
 
 def sparse_gradient(c):
@@ -202,7 +221,6 @@ REFUSED = {
             ("importance_dtype", "int2", "'fp32', 'bf16', 'int8', 'int4'"),
             ("importance_dtype", torch.float16, "'fp32', 'bf16', 'int8', 'int4'"),
             ("importance_dtype", torch.uint8, "'fp32', 'bf16', 'int8', 'int4'"),
-            ("importance_dtype", None, "'fp32', 'bf16', 'int8', 'int4'"),
             ("anchor_dtype", "int8", "'fp32', 'bf16'"),
             ("anchor_dtype", torch.float64, "'fp32', 'bf16'"),
             ("state_dtype", "int4", "'fp32', 'bf16', 'int8'"),
@@ -388,6 +406,33 @@ REFUSED = {
         lambda c: c.optimizer.start_phase(c.importance, {"x": 1.0}), ValueError, "unknown 'x'",
     ),
     "non-finite recording": (nan_recording, ValueError, r"1 non-finite element\(s\) in 'w'.*allow_nonfinite=True"),
+    "file of something unexpected": (
+        lambda c: writer({"w": (2,)}).add("v", p(2)), ValueError, "'v' is not one of the tensors.*'w'",
+    ),
+    "file with a tensor twice": (lambda c: twice(writer({"w": (2,)})), ValueError, "'w' was added before.*once"),
+    "file with another shape": (
+        lambda c: writer({"w": (2,)}).add("w", p(3)), ValueError, r"'w': expected shape \(2,\), got \(3,\)",
+    ),
+    "file closed too early": (
+        lambda c: writer({"w": (2,), "v": (1,)}).close(), ValueError, "'v', 'w' missing; add them",
+    ),
+    "merge rule": (lambda c: merged(rule="mean"), ValueError, "rule: expected one of 'sum', 'max', 'weighted'"),
+    "merge weight without effect": (lambda c: merged(weight=0.5), ValueError, "no effect with rule='sum'.*'decayed'"),
+    "merge without a weight": (lambda c: merged(rule="decayed"), ValueError, "rule='decayed' needs one, 0 ≤ weight"),
+    "merge with a weight above 1": (
+        lambda c: merged(rule="weighted", weight=1.5), ValueError, r"weight: expected a number in \[0.0, 1",
+    ),
+    "merge with a mapping": (lambda c: of("a").merged({"w": p(2)}), TypeError, "expected an Importance, got dict"),
+    "merge of two estimators": (
+        lambda c: of("fisher").merged(of("mas")), ValueError,
+        r"same estimator, or both normalized, got fisher and mas.*a\.normalized\(\)\.merged\(b\.normalized",
+    ),
+    "merge of a normalized and a raw one": (
+        lambda c: of("mas").normalized().merged(of("mas")), ValueError, "got mas, normalized and mas",
+    ),
+    "merge of two models": (
+        lambda c: of("mas").merged(of("mas", shape=3)), ValueError, r"'w' differ \('w': \(2,\) and \(3,\)\)",
+    ),
     "not recording": (lambda c: new(c).recorded_importance(), RuntimeError, "does not record.*record=True"),
     "nothing recorded": (lambda c: new(c, record=True).recorded_importance(), RuntimeError, "no step"),
     "recorder before a step": (lambda c: recorder(c)[1].finalise(), RuntimeError, "no step"),

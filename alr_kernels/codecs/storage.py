@@ -97,7 +97,7 @@ def _is_small(shape: Sequence[int]) -> bool:
 
 
 def fitting(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> str:
-    """Return the format in which a tensor of this shape is kept where ``name`` is wanted; ``dtype``: of the parameter."""
+    """Return how a tensor of this shape is kept where ``name`` is wanted; ``dtype``: of the parameter."""
     if dtype is torch.float64:
         return "fp64"
     if _is_small(shape) or (name in CODES and shape[-1] % BLOCK):

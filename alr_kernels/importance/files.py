@@ -274,7 +274,7 @@ def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded],
         stats = {name: TensorStats.of_row(*pair) for name, *pair in zip(layout, table, counts, strict=True)}
     except ImportanceFileError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ImportanceFileError(
             f"importance file {str(path)!r}: expected a whole alr_kernels importance file, got {error}; "
             "it is truncated or damaged: write it again with Importance.save()."
