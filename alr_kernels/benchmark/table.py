@@ -66,13 +66,13 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _cells(row: dict[str, Any], compared: bool, on_gpu: bool) -> list[str]:
-    median, p20, p80 = (_short(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s"))
+    median, p20, p80 = (short(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s"))
     return [
         f"{median} ({p20} - {p80})",
         _ratio(row, BASELINE),
         *([_ratio(row, COMPILED)] if compared else []),
         f"{row['bytes_per_element']:.1f}",
-        _short(row["bytes_per_s"] / 1e9),
+        short(row["bytes_per_s"] / 1e9),
         f"{100 * row['copy_share']:.0f}",
         f"{row['state_bytes']:.2f}",
         *([f"{row['peak_bytes']:.2f}", f"{1e6 * row['host_s']:,.0f}"] if on_gpu else []),
@@ -80,7 +80,7 @@ def _cells(row: dict[str, Any], compared: bool, on_gpu: bool) -> list[str]:
     ]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Format with three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 

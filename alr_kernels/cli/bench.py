@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,14 @@ def bench(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of every pairing. (default: 7, with --full 15)")
     ] = None,
+    importance: Annotated[
+        bool,
+        typer.Option(
+            "--importance",
+            help="Instead of steps, the passes that importance takes and its cost beside a Fisher; "
+            "with --full also the bytes of real files (half a gigabyte in the temporary folder).",
+        ),
+    ] = False,
     compile: Annotated[Compile, typer.Option(help="torch.compile: never, up to 64 tensors, or always.")] = Compile.few,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     plot: Annotated[
@@ -65,12 +74,16 @@ def bench(
     if chosen not in ("cpu", "cuda") or (chosen == "cuda" and not torch.cuda.is_available()):
         typer.echo(f"alr-kernels bench: device {chosen!r} is not here; use cpu or cuda", err=True)
         raise typer.Exit(2)
-    names = [entry.value for entry in sets] if sets else _default(full, chosen)
-    results = _measure(names, chosen, scale, full, compile.value, rounds or (15 if full else 7))
+    count = rounds or (15 if full else 7)
+    names = [entry.value for entry in sets or ()]
+    if importance:
+        results = _measure_importance(names or ["square"], chosen, scale, full, count)
+    else:
+        results = _measure(names or _default(full, chosen), chosen, scale, full, compile.value, count)
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         typer.echo(f"Written to {json_file}")
-    failed = [line for entry in results["sets"] for line in failures(entry)]
+    failed = [line for entry in results.get("sets", ()) for line in failures(entry)]
     if failed:
         typer.echo("alr-kernels bench: failed: " + "; ".join(failed) + ". Run `alr-kernels doctor`.", err=True)
         raise typer.Exit(1)
@@ -111,9 +124,37 @@ def _measure(names: list[str], device: str, scale: float, full: bool, compile: s
     return results
 
 
-def _draw(results: Path, picture: Path) -> None:
-    from importlib.util import find_spec
+def _measure_importance(names: list[str], device: str, scale: float, full: bool, rounds: int) -> dict[str, Any]:
+    from rich.console import Console
 
+    from ..benchmark import importance, importance_table
+    from ..benchmark.shapes import shapes_of
+    from ..benchmark.stamp import stamp
+
+    console = Console()
+    results: dict[str, Any] = {"alr_kernels": stamp(), "passes": [], "claim": []}
+    with console.status("") as status:
+        for name in names:
+            shapes = shapes_of(name, scale * (CPU_SCALE.get(name, 1.0) if device == "cpu" else 1.0))
+            entry = importance.run_passes(
+                shapes, device, rounds=rounds, budget_s=10.0 if full else 3.0, tick=lambda row: status.update(row)
+            )
+            results["passes"].append({"set": name, **entry})
+        if find_spec("transformers") is None:
+            typer.echo('the cost beside a Fisher needs transformers: pip install "alr-kernels[demo]"', err=True)
+        else:
+            from ..benchmark import claim
+
+            for name in claim.models_for(device):
+                status.update(name)
+                results["claim"].append(claim.run_model(name, device, rounds=rounds))
+            if full:
+                results["storage"] = claim.storage(tick=lambda name: status.update(f"writing {name}"))
+    importance_table.show(results, console)
+    return results
+
+
+def _draw(results: Path, picture: Path) -> None:
     if find_spec("matplotlib") is None:
         typer.echo('--plot needs matplotlib: pip install "alr-kernels[bench]"', err=True)
         raise typer.Exit(2)

@@ -138,6 +138,7 @@ class ImportanceWriter:
         self._file: Any = open(self._scratch, "w+b")  # noqa: SIM115 - closed by close() or abort()
         try:
             self._file.write(header)
+            self._file.flush()
             self._file.truncate(max((end for _, end in self._places.values()), default=len(header)))
         except OSError:
             self.abort()
@@ -151,6 +152,11 @@ class ImportanceWriter:
             self.close()
         else:
             self.abort()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file, known from the start."""
+        return os.fstat(self._file.fileno()).st_size
 
     def add(self, name: str, importance: Tensor | Encoded, stats: TensorStats | None = None) -> None:
         """Write Ω of one parameter: floats, which are encoded here, or what is encoded already.

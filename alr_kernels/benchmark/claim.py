@@ -1,0 +1,236 @@
+"""The claim "20 times faster, 10-15 % of the storage", measured: what importance costs beyond training, and its bytes.
+
+The path integral is recorded in the optimizer's own pass, so that its cost is what the step takes longer, and one
+finalisation. A Fisher needs a pass over the data of its own: sample by sample, as it is usually written, or batched, as
+``fisher_importance`` does it. All are measured on the same model and samples and brought to the paper's 20,000 samples.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import AlrAdamW, fisher_importance
+from ..demo.models import VOCABULARY, build_model
+from ..importance.files import ImportanceWriter
+from .timing import Sample, in_rounds, ratio, spread, synchronize
+
+SAMPLES = 20_000  # of the paper's Fisher
+LEAN = {"state_dtype": "int8", "master": "split"}  # of the published models' optimizer
+TARGETS = ("q_proj.weight", "v_proj.weight")  # what the paper's LoRA keeps importance of
+
+
+def config_of(name: str) -> Any:
+    """Return the transformers config of a published model, by its shapes alone."""
+    import transformers
+
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0}}
+    llama: dict[str, Any] = {"vocab_size": 128_256, "num_key_value_heads": 8, **rope}
+    if name == "llama-3.2-3b":
+        return transformers.LlamaConfig(
+            **llama, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+    if name == "llama-3.1-8b":
+        return transformers.LlamaConfig(
+            **llama, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32
+        )
+    if name == "gptj-6b":
+        return transformers.GPTJConfig()
+    raise ValueError(f"model: expected 'llama-3.2-3b', 'llama-3.1-8b' or 'gptj-6b', got {name!r}")
+
+
+MODELS = ("llama-3.2-3b", "gptj-6b", "llama-3.1-8b")
+
+
+def shapes_of_model(name: str) -> dict[str, tuple[int, ...]]:
+    """Return name → shape of every parameter, tied ones once; nothing is allocated."""
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config_of(name))
+    return {name: tuple(param.shape) for name, param in model.named_parameters()}
+
+
+def storage(
+    models: Sequence[str] = MODELS, dtype: str = "int4", tick: Callable[[str], None] = lambda name: None
+) -> list[dict[str, Any]]:
+    """Write the importance of q_proj and v_proj of each model to a real file, and compare it with a Fisher's.
+
+    Returns:
+        per model: elements and bytes of the file, bytes of an fp32 Fisher of all weights (the size that its file has
+        before a value is written), and their quotient.
+    """
+    rows = []
+    for name in models:
+        tick(name)
+        shapes = shapes_of_model(name)
+        chosen = {key: shape for key, shape in shapes.items() if key.endswith(TARGETS)}
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "importance.safetensors"
+            with ImportanceWriter(path, chosen, dtype=dtype, method="path_integral", xi=1e-6) as writer:
+                for key, shape in chosen.items():
+                    writer.add(key, torch.randn(shape).mul_(2.0).exp_())
+            written = path.stat().st_size
+            whole = ImportanceWriter(Path(folder) / "fisher.safetensors", shapes, method="fisher")
+            fisher = whole.nbytes
+            whole.abort()
+        elements = sum(map(math.prod, chosen.values()))
+        total = sum(map(math.prod, shapes.values()))
+        rows.append(
+            {
+                "model": name,
+                "parameters": total,
+                "tensors": len(chosen),
+                "elements": elements,
+                "dtype": dtype,
+                "file_bytes": written,
+                "fisher_bytes": fisher,
+                "share": written / fisher,
+                "share_fp32": 4 * elements / fisher,  # the paper's figure
+            }
+        )
+    return rows
+
+
+def fisher_by_loop(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the Fisher as it is usually written: one sample, one backward, squares added up."""
+    found = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
+    count = len(next(iter(batch.values())))
+    for i in range(count):
+        model.zero_grad()
+        model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+        for name, param in model.named_parameters():
+            if param.grad is not None:
+                found[name] += param.grad.square() / count
+    model.zero_grad()
+    return found
+
+
+DEMO_MODELS = ("demo-llama", "demo-gptj")
+
+
+def models_for(device: str) -> tuple[str, ...]:
+    """Return what is measured there: the demo's models on a CPU, published shapes on a GPU."""
+    return DEMO_MODELS if device == "cpu" else MODELS
+
+
+def run_model(name: str, device: str, *, batch: int = 16, length: int = 128, rounds: int = 7) -> dict[str, Any]:
+    """Build a randomly initialised model and measure it; one that does not fit is skipped with the reason."""
+    import transformers
+
+    try:
+        if name in DEMO_MODELS:
+            model = build_model(name.removeprefix("demo-"), 0, context=length).to(device)
+            found = run_claim(model, VOCABULARY, batch=batch, length=length, rounds=rounds)
+        else:
+            with torch.device(device):
+                config = config_of(name)
+                model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            found = run_claim(
+                model, config.vocab_size, batch=batch, length=length, rounds=rounds, optimizer_options=LEAN
+            )
+    except torch.OutOfMemoryError:
+        return {"model": name, "skipped": "it does not fit into the device's memory"}
+    return {"model": name, **found}
+
+
+def run_claim(
+    model: nn.Module,
+    vocabulary: int,
+    *,
+    batch: int = 16,
+    length: int = 128,
+    rounds: int = 7,
+    optimizer_options: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Measure what each importance costs on one model, beside a training step.
+
+    Args:
+        model: a causal language model of transformers.
+        vocabulary: of the random token ids.
+        batch, length: of the samples.
+        rounds: of each timing.
+        optimizer_options: of AlrAdamW, for both steps.
+
+    Returns:
+        seconds of a training step, of the optimizer's step without and with recording, of finalising to int4; seconds a
+        sample of the Fisher pass by loop and batched; and what these make for :data:`SAMPLES` samples.
+    """
+    device = next(model.parameters()).device
+    kind = device.type
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary, (batch, length), generator=generator).to(device)
+    data = {"input_ids": tokens, "labels": tokens}
+    fisher = in_rounds(
+        {
+            "loop": lambda: fisher_by_loop(model, data),
+            "batched": lambda: fisher_importance(model, [data], progress=False),
+        },
+        rounds,
+        kind,
+    )
+    result: dict[str, Any] = {
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "batch": batch,
+        "length": length,
+        "loop_s_per_sample": spread([sample.device_s / batch for sample in fisher["loop"]]),
+        "batched_s_per_sample": spread([sample.device_s / batch for sample in fisher["batched"]]),
+        "loop_over_batched": ratio(fisher["loop"], fisher["batched"]),
+        **_recording(model, data, kind, rounds, optimizer_options or {}),
+    }
+    steps = SAMPLES / batch
+    extra = steps * max(result["recording_s"][0], 0.0) + result["finalise_s"]
+    result["samples"] = SAMPLES
+    result["training_s"] = steps * result["training_step_s"][0]
+    result["path_integral_s"] = extra
+    result["path_integral_share_of_training"] = extra / result["training_s"]
+    for way in ("loop", "batched"):
+        seconds = SAMPLES * result[f"{way}_s_per_sample"][0]
+        result[f"{way}_s"] = seconds
+        result[f"{way}_over_path_integral"] = seconds / extra
+    return result
+
+
+def _recording(
+    model: nn.Module, data: dict[str, Tensor], kind: str, rounds: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Time the optimizer's step without and with recording, and a whole training step."""
+    optimizers: dict[str, AlrAdamW] = {}
+    samples: dict[str, list[Sample]] = {}
+
+    def train() -> None:
+        model.zero_grad()
+        model(**data).loss.backward()
+        optimizers["plain"].step()
+
+    for name in ("plain", "recording"):
+        optimizers[name] = AlrAdamW(model.named_parameters(), lr=1e-5, record=name == "recording", **options)
+        model(**data).loss.backward()
+        optimizers[name].step()
+        if kind != "cpu":  # steady times, and not the memory for both
+            runs = {name: optimizers[name].step} | ({"training": train} if name == "plain" else {})
+            samples |= in_rounds(runs, rounds, kind)
+            if name == "plain":
+                optimizers.clear()
+    if kind == "cpu":
+        train()
+        samples = in_rounds({**{name: x.step for name, x in optimizers.items()}, "training": train}, 5 * rounds, kind)
+    more = [a.device_s - b.device_s for a, b in zip(samples["recording"], samples["plain"], strict=True)]
+    begin = time.perf_counter()
+    optimizers["recording"].recorded_importance(dtype="int4", allow_nonfinite=True)
+    synchronize(kind)
+    return {
+        "training_step_s": spread([sample.device_s for sample in samples["training"]]),
+        "step_s": spread([sample.device_s for sample in samples["plain"]]),
+        "recording_step_s": spread([sample.device_s for sample in samples["recording"]]),
+        "recording_s": spread(more),
+        "finalise_s": time.perf_counter() - begin,
+    }

@@ -1,0 +1,110 @@
+"""Tables of `alr-kernels bench --importance`, from its results alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .table import short
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print every table that the results have."""
+    for entry in results["passes"]:
+        console.print(passes(entry))
+    measured = [row for row in results["claim"] if "skipped" not in row]
+    if measured:
+        console.print(claim(measured))
+    for row in results["claim"]:
+        if "skipped" in row:
+            console.print(f"skipped: {row['model']}: {row['skipped']}", markup=False, highlight=False, soft_wrap=True)
+    if results.get("storage"):
+        console.print(storage(results["storage"]))
+
+
+def _table(title: str, first: str, *headings: str) -> Table:
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column(first)
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    return shown
+
+
+def passes(entry: dict[str, Any]) -> Table:
+    """Return the passes over memory, each with the row that it is compared with."""
+    title = (
+        f"{entry['set']}: {entry['elements'] / 1e6:,.1f} M elements in {entry['tensors']} tensors on "
+        f"{entry['device']}; a copy moves {entry['copy_bytes_per_s'] / 1e9:,.1f} GB/s"
+    )
+    shown = _table(title, "one pass", "ms\np20 - p80", "bytes\nmoved", "GB/s", "% of\ncopy", "times\nfaster", "than")
+    for row in entry["rows"]:
+        median, p20, p80 = (short(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s"))
+        faster = row["ratio"][0] if row["ratio"] else None
+        if faster is not None and row["group"] == "recording":  # a step costs more than the one beside it
+            compared = f"1 / {1 / faster:.2f}"
+        else:
+            compared = "" if faster is None else f"{faster:.1f}"
+        shown.add_row(
+            row["name"],
+            f"{median} ({p20} - {p80})",
+            f"{row['bytes_per_element']:.1f}",
+            short(row["bytes_per_s"] / 1e9),
+            f"{100 * row['share'][0]:.0f}",
+            compared,
+            row["beside"] or "",
+            style="bold" if row["beside"] else None,
+        )
+    return shown
+
+
+def claim(rows: list[dict[str, Any]]) -> Table:
+    """Return what each importance costs for the paper's number of samples."""
+    shown = _table(
+        f"Importance from {rows[0]['samples']:,} samples of {rows[0]['length']} tokens, seconds beyond training",
+        "model",
+        "training",
+        "path\nintegral",
+        "% of\ntraining",
+        "Fisher\nbatched",
+        "Fisher\nby sample",
+        "by sample /\npath integral",
+        "by sample /\nbatched",
+    )
+    for row in rows:
+        shown.add_row(
+            f"{row['model']}, {row['parameters'] / 1e6:,.1f} M",
+            short(row["training_s"]),
+            f"{row['path_integral_s']:.3g}",
+            f"{100 * row['path_integral_share_of_training']:.2g}",
+            short(row["batched_s"]),
+            short(row["loop_s"]),
+            f"{row['loop_over_path_integral']:,.0f}",
+            f"{row['loop_over_batched'][0]:.2f}",
+        )
+    return shown
+
+
+def storage(rows: list[dict[str, Any]]) -> Table:
+    """Return the bytes of the importance of q_proj and v_proj beside a Fisher's of all weights."""
+    shown = _table(
+        "Bytes of importance: q_proj and v_proj, written to a file, beside an fp32 Fisher of all weights",
+        "model",
+        "parameters",
+        "Fisher, GB",
+        "q + v in fp32",
+        "q + v, file, GB",
+        "of the Fisher",
+    )
+    for row in rows:
+        shown.add_row(
+            row["model"],
+            f"{row['parameters'] / 1e9:.2f} G",
+            f"{row['fisher_bytes'] / 1e9:.2f}",
+            f"{100 * row['share_fp32']:.1f} %",
+            f"{row['file_bytes'] / 1e9:.3f} ({row['dtype']})",
+            f"{100 * row['share']:.2f} %",
+        )
+    return shown
