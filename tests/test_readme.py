@@ -25,6 +25,17 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("page", ["artifact.md", "importance.md"])
+def test_python_blocks_of_a_page_run(tmp_path: Path, page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_example_is_short() -> None:
     """The first block is what a newcomer pastes: twelve lines besides imports, model and data."""
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
@@ -33,8 +44,10 @@ def test_example_is_short() -> None:
 
 
 def test_named_result_files_exist() -> None:
-    named = set(re.findall(r"bench/results/[\w./-]+\.json", README))
-    assert named
+    pages = [README, *(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))]
+    named = {name for page in pages for name in re.findall(r"bench/results/[\w./-]+\.json", page)}
+    assert named - {"bench/results/local.json"}
+    named.discard("bench/results/local.json")
     for name in named:
         json.loads((ROOT / name).read_text(encoding="utf-8"))
 
@@ -46,7 +59,7 @@ def test_line_counts_are_true() -> None:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
 
 
-@pytest.mark.parametrize("page", ["docs/method.md", "docs/artifact.md", "CONTRIBUTING.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/method.md", "docs/artifact.md", "docs/importance.md", "docs/performance.md", "CONTRIBUTING.md", "README.md"])
 def test_linked_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
