@@ -163,12 +163,27 @@ inline void load_block(const Kept& kept, int64_t begin, int numel, float* to) {
 
 // ---- encoding
 
+// What encode_importance() asks for the threshold above a code.
+template <int kBits>
+struct Thresholds {
+  ALR_HOST_DEVICE V operator()(I code) const { return next_threshold<kBits, V>(code); }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Thresholds<4> {  // all sixteen in a register
+  V all = next_threshold<4, V>(lanes());
+  ALR_HOST_DEVICE V operator()(I code) const { return V(_mm512_permutexvar_ps(__m512i(code), __m512(all))); }
+};
+#endif
+
 template <int kBits>
 ALR_HOST_DEVICE void encode_block(const float* from, uint16_t scale, const Kept& kept, int64_t begin) {
   const float factor = inverse(from_bfloat16<float>(scale));
+  const Thresholds<kBits> thresholds;
   uint8_t* codes = static_cast<uint8_t*>(kept.values) + begin * kBits / 8;
   for (int i = 0; i < kBlock; i += kLanes) {
-    const I code = encode_importance<kBits>(load_float(from + i) * factor);
+    const I code = encode_importance<kBits>(load_float(from + i) * factor, thresholds);
     kBits == 4 ? store_4(codes + i / 2, code) : store_8(codes + i, code);
   }
 }
@@ -217,9 +232,8 @@ ALR_HOST_DEVICE float block_peak(const float* block) {
   return most;
 }
 
-// Adds a block to what is gathered and stores it. `block`: [kBlock], 0 beyond `numel`; overwritten.
-inline void emit_block(float* block, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
-  const float peak = block_peak(block);
+// Adds a block to what is gathered and stores it. `block`: [kBlock], 0 beyond `numel`; overwritten. `peak`: its largest.
+inline void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
   const BlockUnit unit = block_unit(peak);
   BlockSum sum{}, square{};
   for (int i = 0; i < kBlock; i += kSumLanes) {

@@ -127,11 +127,12 @@ ALR_HOST_DEVICE F next_threshold(Int<F> code) {
 
 // A fourth root that is off by 7e-4 at most (rsqrtps twice: 5.5e-4) gives c or c - 1; one comparison says which.
 // `ratio` is at most 1 + 2^-8, where the scale was rounded down: below t(top + 1). Of NaN the low byte is 0.
-template <int kBits, typename F>
-ALR_HOST_DEVICE Int<F> encode_importance(F ratio) {
+// thresholds(c): next_threshold of it.
+template <int kBits, typename F, typename Thresholds>
+ALR_HOST_DEVICE Int<F> encode_importance(F ratio, const Thresholds& thresholds) {
   constexpr float kTop = float((1 << kBits) - 1);
   const Int<F> code = Number<F>::whole(Number<F>::rough_fourth_root(ratio) * kTop + 0.3f);
-  return ratio >= next_threshold<kBits, F>(code) ? code + 1 : code;
+  return ratio >= thresholds(code) ? code + 1 : code;
 }
 
 }  // namespace alr

@@ -8,6 +8,8 @@ namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
+constexpr int kTile = 4;  // blocks between whose steps there is nothing to wait for
+
 template <typename P>
 double move_sq_sum_loop(const FinaliseTensor& t, int64_t begin, int64_t end) {
   constexpr int kDoubles = 8;
@@ -38,28 +40,32 @@ void finalise_block_slowly(const float* omega, const P* param, const P* start, f
   }
 }
 
-// Writes the importance of one block to `to`.
+// Writes the importance of one block to `to` and returns the largest.
 template <typename P>
-ALR_HOST_DEVICE void finalise_block(const float* omega, const P* param, const P* start, float floor, float* to,
+ALR_HOST_DEVICE float finalise_block(const float* omega, const P* param, const P* start, float floor, float* to,
                                     Gathered& g) {
   BlockSum sum{}, negative{};
-  V check{};
+  V peak{};
   for (int i = 0; i < kBlock; i += kSumLanes) {
     for (int part = 0; part < kParts; ++part) {
       const int at = i + part * kLanes;
       const V path_integral = load_float(omega + at);
       const V importance = finalise(path_integral, move_sq(load_as<P>(param + at), load_as<P>(start + at)), floor);
       store_float(to + at, importance);
-      check = larger(importance, check);  // never NaN
+      peak = larger(importance, peak);  // neither is NaN
       sum.part[part] += path_integral;
       negative.part[part] += negative_part(path_integral);
     }
   }
-  bool finite = all_finite(check);
+  bool finite = all_finite(peak);
   for (int part = 0; part < kParts; ++part) finite &= all_finite(sum.part[part]) && all_finite(negative.part[part]);
-  if (!finite) return finalise_block_slowly(omega, param, start, floor, to, g);
+  if (!finite) {
+    finalise_block_slowly(omega, param, start, floor, to, g);
+    return block_peak(to);
+  }
   g.path_integral.add(sum, 1.0);
   g.negative.add(negative, 1.0);
+  return largest(peak);
 }
 
 template <typename P>
@@ -72,11 +78,20 @@ void finalise_loop(const FinaliseTensor& t, float floor, int64_t begin, int64_t 
   const float* omega = t.path_integral;
   const P* param = static_cast<const P*>(t.param);
   const P* start = static_cast<const P*>(t.start);
-  alignas(64) float block[kBlock];
+  alignas(64) float block[kTile][kBlock];
+  float peaks[kTile];
   int64_t i = begin;
-  for (; i + kBlock <= end; i += kBlock) {
-    finalise_block(omega + i, param + i, start + i, floor, block, gathered);
-    emit_block(block, t.importance, i, int(kBlock), gathered);
+  while (i + kBlock <= end) {
+    const int64_t whole = (end - i) / kBlock;
+    const int blocks = int(whole < kTile ? whole : kTile);
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t at = i + b * kBlock;
+      peaks[b] = finalise_block(omega + at, param + at, start + at, floor, block[b], gathered);
+    }
+    for (int b = 0; b < blocks; ++b) {
+      emit_block(block[b], peaks[b], t.importance, i + b * kBlock, int(kBlock), gathered);
+    }
+    i += blocks * kBlock;
   }
   if (i == end) return;
   const int numel = int(end - i);
@@ -85,8 +100,8 @@ void finalise_loop(const FinaliseTensor& t, float floor, int64_t begin, int64_t 
   padded(omega + i, numel, last_omega);
   padded(param + i, numel, last_param);
   padded(start + i, numel, last_start);
-  finalise_block(last_omega, last_param, last_start, floor, block, gathered);
-  emit_block(block, t.importance, i, numel, gathered);
+  peaks[0] = finalise_block(last_omega, last_param, last_start, floor, block[0], gathered);
+  emit_block(block[0], peaks[0], t.importance, i, numel, gathered);
 }
 
 Sums finished(const Gathered& gathered, int64_t* counts) {
@@ -124,7 +139,7 @@ Sums merge_range(const MergeTensor& t, const MergeRule& rule, int64_t begin, int
     for (int j = 0; j < kBlock; j += kLanes) {
       store_float(first + j, merge(load_float(first + j), load_float(second + j), rule));
     }
-    emit_block(first, t.importance, i, numel, gathered);
+    emit_block(first, block_peak(first), t.importance, i, numel, gathered);
   }
   return finished(gathered, counts);
 }
