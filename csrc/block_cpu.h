@@ -182,9 +182,12 @@ ALR_HOST_DEVICE void encode_block(const float* from, uint16_t scale, const Kept&
   const float factor = inverse(from_bfloat16<float>(scale));
   const Thresholds<kBits> thresholds;
   uint8_t* codes = static_cast<uint8_t*>(kept.values) + begin * kBits / 8;
-  for (int i = 0; i < kBlock; i += kLanes) {
-    const I code = encode_importance<kBits>(load_float(from + i) * factor, thresholds);
-    kBits == 4 ? store_4(codes + i / 2, code) : store_8(codes + i, code);
+  for (int i = 0; i < kBlock; i += 4 * kLanes) {
+    I code[4];
+    for (int part = 0; part < 4; ++part) {
+      code[part] = encode_importance<kBits>(load_float(from + i + part * kLanes) * factor, thresholds);
+    }
+    kBits == 4 ? store_codes4(codes + i / 2, code) : store_codes8(codes + i, code);
   }
 }
 

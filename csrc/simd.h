@@ -180,10 +180,17 @@ ALR_HOST_DEVICE void store_16(void* to, U x) {
 ALR_HOST_DEVICE void store_8(void* to, I x) {
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(x)));
 }
-// Codes of 4 bits, two to a byte, low half first; only the low 4 bits of a lane may be set.
-ALR_HOST_DEVICE void store_4(void* to, I x) {
-  const __m512i pairs = _mm512_or_si512(__m512i(x), _mm512_srli_epi64(__m512i(x), 28));
-  _mm_storel_epi64(static_cast<__m128i*>(to), _mm512_cvtepi64_epi8(pairs));
+// Four vectors of codes of 8 bits, or of 4 bits two to a byte, low half first; no other bits may be set.
+ALR_HOST_DEVICE __m512i bytes_in_order(const I* x) {  // packing works within quarters of a register
+  const __m512i low = _mm512_packus_epi32(__m512i(x[0]), __m512i(x[1]));
+  const __m512i high = _mm512_packus_epi32(__m512i(x[2]), __m512i(x[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+}
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) { _mm512_storeu_si512(to, bytes_in_order(x)); }
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  const __m512i pairs = _mm512_maddubs_epi16(bytes_in_order(x), _mm512_set1_epi16(0x1001));
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi16_epi8(pairs));
 }
 // Codes of 4 bits, low half first, in the low bits of each lane; what is above them is left over.
 ALR_HOST_DEVICE U load_u4(const void* from) {
@@ -219,14 +226,20 @@ ALR_HOST_DEVICE void store_8(void* to, I x) {
   const __m128i both = _mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   _mm_storel_epi64(static_cast<__m128i*>(to), both);
 }
-ALR_HOST_DEVICE void store_4(void* to, I x) {
-  const __m256i low = _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
-                                       -1, -1, 0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i pairs = _mm256_or_si256(__m256i(x), _mm256_srli_epi64(__m256i(x), 28));
-  const __m256i halves = _mm256_shuffle_epi8(pairs, low);
-  const int32_t bytes = _mm_cvtsi128_si32(
-      _mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
-  memcpy(to, &bytes, sizeof(bytes));
+// As with AVX-512.
+ALR_HOST_DEVICE __m256i bytes_in_order(const I* x) {
+  const __m256i low = _mm256_packus_epi32(__m256i(x[0]), __m256i(x[1]));
+  const __m256i high = _mm256_packus_epi32(__m256i(x[2]), __m256i(x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+}
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), bytes_in_order(x));
+}
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  const __m256i pairs = _mm256_maddubs_epi16(bytes_in_order(x), _mm256_set1_epi16(0x1001));
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
 }
 ALR_HOST_DEVICE U load_u4(const void* from) {
   int32_t bytes;
@@ -261,9 +274,14 @@ ALR_HOST_DEVICE void store_8(void* to, I x) {
   const I8 values = __builtin_convertvector(x, I8);
   memcpy(to, &values, sizeof(values));
 }
-ALR_HOST_DEVICE void store_4(void* to, I x) {
-  const uint8_t bytes[2] = {uint8_t(x[0] | x[1] << 4), uint8_t(x[2] | x[3] << 4)};
-  memcpy(to, bytes, sizeof(bytes));
+// As with AVX-512.
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) {
+  for (int part = 0; part < 4; ++part) store_8(static_cast<uint8_t*>(to) + part * kLanes, x[part]);
+}
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  uint8_t codes[4 * kLanes];
+  store_codes8(codes, x);
+  for (int i = 0; i < 2 * kLanes; ++i) static_cast<uint8_t*>(to)[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
 }
 ALR_HOST_DEVICE U load_u4(const void* from) {
   const uint8_t* bytes = static_cast<const uint8_t*>(from);
