@@ -55,13 +55,11 @@ def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     device, numels = importance.device, [importance.numel()]
     given, found = Encoded.dense(importance.contiguous()), Encoded.empty(importance.shape, f"int{bits}", device)
-    statistics, histogram = torch.empty(1, 7, dtype=torch.float64, device=device), torch.empty(
-        1, 64, dtype=torch.int64, device=device
-    )
+    dropped = torch.empty(7 + 64, dtype=torch.float64, device=device)
     sides = (kept_addresses("importance", [given], numels), kept_addresses("nothing", [None], numels))
-    outputs = (*kept_addresses("codes", [found], numels), statistics.data_ptr(), histogram.data_ptr())
+    outputs = (*kept_addresses("codes", [found], numels), dropped.data_ptr(), dropped[7:].data_ptr())
     run("merge", (*sides, numels, (1.0, 0.0), outputs), numels, device)
-    return found.values, found.scales  # type: ignore[return-value]
+    return found.values, found.scales
 
 
 @torch.no_grad()

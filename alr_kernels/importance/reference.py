@@ -1,9 +1,9 @@
 """Recording, finalising, merging and per-sample importance in plain torch. Read this first.
 
-    record     ω += −g · (θ_after − θ_before)                      (arXiv 2501.13669, eq. 3; Zenke et al. 2017)
-    finalise   Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ)            (eq. 4-5; clamped once, at the end)
-    merge      Ω = a·Ω_a + b·Ω_b   or   max(Ω_a, Ω_b)              (a = γ, b = 1: online EWC, Schwarz et al. 2018)
-    fisher     Ω += scale · Σ_n |δ_nᵀ x_n|^power                   (power 2: Fisher; 1: MAS; of a linear layer)
+record     ω += −g · (θ_after − θ_before)                      (arXiv 2501.13669, eq. 3; Zenke et al. 2017)
+finalise   Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ)            (eq. 4-5; clamped once, at the end)
+merge      Ω = a·Ω_a + b·Ω_b   or   max(Ω_a, Ω_b)              (a = γ, b = 1: online EWC, Schwarz et al. 2018)
+fisher     Ω += scale · Σ_n |δ_nᵀ x_n|^power                   (power 2: Fisher; 1: MAS; of a linear layer)
 """
 
 from __future__ import annotations
