@@ -34,7 +34,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-Xcompi
 # Each instruction set gets its own copy of the loops; csrc/cpu.cpp chooses when it runs.
 CAPABILITIES = {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-CAPABILITY_SOURCES = ["codec_cpu.cpp", "importance_cpu.cpp"]
+CAPABILITY_SOURCES = ["finalise_cpu.cpp", "importance_cpu.cpp"]
 STEP_SOURCE = "step_cpu.cpp"  # once more with contraction into fused multiply-adds, for precise=False
 STEP_VARIANTS = {"precise": ["-DALR_PRECISE=1"], "fast": ["-DALR_PRECISE=0", "-ffp-contract=fast"]}
 CUDA_SOURCES = ["importance_cuda.cu"]

@@ -1,8 +1,8 @@
 """The dispatch table: which implementation serves which device, and the torch.library registrations.
 
-Eager callers use :func:`step_`, :func:`accumulate_` and :func:`finalise`, which pick a backend and call its
-launcher. The same functions are registered as ``torch.ops.alr_kernels.*`` with schemas and fakes for
-``torch.compile``. Device tests live here and nowhere else.
+Eager callers use :func:`step_`, :func:`accumulate_`, :func:`finalise`, :func:`merge` and :func:`encode_importance`,
+which pick a backend and call its launcher. All but the last are registered as ``torch.ops.alr_kernels.*`` with schemas
+and fakes for ``torch.compile``. Device tests live here and nowhere else.
 """
 
 from __future__ import annotations
@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _validate
+from ._layout import in_layout, is_contiguous, same_dense_layout
 from .codecs import native as codecs_native
 from .codecs import reference as codecs_reference
+from .codecs.encoded import Encoded
+from .codecs.storage import CODES
 from .importance import native as importance_native
 from .importance import reference as importance_reference
+from .importance.flat import Flat, fake_outputs, flattened, unflattened
 from .step import native as step_native
 from .step import reference as step_reference
 from .step import triton_kernel as step_triton
@@ -23,9 +27,11 @@ from .step.formats import needs_noise
 from .step.plan import MUTATED, Numbers, Operands, Options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
+
+    from .importance.reference import Result
 
 BACKENDS = ("auto", "reference", "native", "triton")
 
@@ -47,7 +53,7 @@ def step_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
 
 
 def importance_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
-    """Return backend → '' or the reason, for accumulate and finalise."""
+    """Return backend → '' or the reason, for accumulate, finalise, merge and encode."""
     reason = "" if dtype != torch.float64 else "float64 parameters go through the reference"
     if not reason:
         reason = importance_native.unavailable_reason(device_type)
@@ -76,56 +82,6 @@ _STEP = {"reference": step_reference.step_, "native": step_native.step_, "triton
 _IMPORTANCE = {"reference": importance_reference, "native": importance_native}
 
 
-_is_contiguous = torch.Tensor.is_contiguous
-
-
-def _same_dense_layout(tensors: Sequence[Tensor]) -> bool:
-    """Whether one linear walk over memory visits the same element of every tensor."""
-    if all(map(_is_contiguous, tensors)):
-        return True
-    first = tensors[0]
-    return all(tensor.stride() == first.stride() for tensor in tensors[1:]) and _is_dense(first)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one block of memory without holes or overlaps."""
-    expected = 1
-    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _in_layout(
-    columns: dict[str, Sequence[Tensor]], mutated: Iterable[str], contiguous: bool = False
-) -> tuple[dict[str, Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Make every row of operands share one dense layout.
-
-    ``columns``: argument → one tensor per parameter (or empty). Rows that differ in layout are replaced by contiguous
-    copies; so are rows that are not contiguous and hold codes, whose blocks run along the last dimension, and with
-    ``contiguous`` all that are not: random bits are numbered in order. The second result lists (original, copy) pairs
-    to write back after the kernel.
-    """
-    if all(all(map(_is_contiguous, tensors)) for tensors in columns.values()):
-        return columns, []
-    result: dict[str, Any] = {name: list(tensors) for name, tensors in columns.items()}
-    write_back: list[tuple[Tensor, Tensor]] = []
-    present = [name for name, tensors in result.items() if tensors]
-    for i in range(len(result[present[0]]) if present else 0):
-        row = [result[name][i] for name in present]
-        in_order = contiguous or any(tensor.shape != row[0].shape for tensor in row)
-        if all(map(_is_contiguous, row)) if in_order else _same_dense_layout(row):
-            continue
-        for name in present:
-            original = result[name][i]
-            copy = original.contiguous()
-            if name in mutated and copy is not original:
-                write_back.append((original, copy))
-            result[name][i] = copy
-    return result, write_back
-
-
 @torch.no_grad()
 def _step_eager(
     operands: Operands,
@@ -141,7 +97,7 @@ def _step_eager(
     columns: Any = {**operands._asdict(), "grads": [grad.resolve_neg() for grad in operands.grads]}
     write_back: list[tuple[Tensor, Tensor]] = []
     if chosen != "reference":  # the reference indexes logically and takes any strides
-        columns, write_back = _in_layout(columns, MUTATED, needs_noise(operands, options))
+        columns, write_back = in_layout(columns, MUTATED, needs_noise(operands, options))
     _STEP[chosen](Operands(**columns), numbers, options, statistics)
     for original, copy in write_back:
         original.copy_(copy)
@@ -158,8 +114,8 @@ def _step_flat(*args: Any, backend: str = "auto") -> None:
 
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (codes, scales) of Ω, contiguous float32; see ``codecs/reference.py``."""
-    if importance.device.type == "cpu" and codecs_native.available()[0]:
+    """Return (codes, scales) of Ω; see ``codecs/reference.py``."""
+    if not importance_backends(importance.device.type, importance.dtype)["native"]:
         return codecs_native.encode_importance(importance, bits)
     return codecs_reference.encode_importance(importance, bits)
 
@@ -174,29 +130,102 @@ def _accumulate_eager(
 ) -> None:
     grads = [grad.resolve_neg() for grad in grads]
     columns = {"path_integrals": path_integrals, "grads": grads, "params": params, "previous": previous}
-    laid, write_back = _in_layout(columns, {"path_integrals", "previous"})
-    for rows, backend in _by_backend(laid["params"]):
+    laid, write_back = in_layout(columns, {"path_integrals", "previous"})
+    for rows, backend in _by_backend([(t.device, t.dtype) for t in laid["params"]]):
         _IMPORTANCE[backend].accumulate_(*([column[i] for i in rows] for column in laid.values()), maximize=maximize)
     for original, copy in write_back:
         original.copy_(copy)
 
 
-def _finalise_eager(path_integrals, params, starts, formats, xi, relative=False):
-    return importance_reference.finalise(path_integrals, params, starts, formats, xi, relative=relative)
+@torch.no_grad()
+def _finalise_eager(
+    path_integrals: Sequence[Tensor],
+    params: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    formats: Sequence[str],
+    xi: float,
+    relative: bool = False,
+) -> Result:
+    columns = {"path_integrals": path_integrals, "params": params, "starts": starts}
+    laid, _ = in_layout(columns, (), [kept in CODES for kept in formats])
+    keys = [_served(param, kept) for param, kept in zip(params, formats, strict=True)]
+
+    def run(backend: str, rows: list[int]) -> Result:
+        lists = ([column[i] for i in rows] for column in laid.values())
+        return _IMPORTANCE[backend].finalise(*lists, [formats[i] for i in rows], xi, relative=relative)
+
+    return _collected(keys, run)
 
 
-def merge(first, second, formats, weights):
-    return importance_reference.merge(first, second, formats, weights)
+@torch.no_grad()
+def _merge_eager(
+    first: Sequence[Encoded | None],
+    second: Sequence[Encoded | None],
+    formats: Sequence[str],
+    weights: tuple[float, float] | None = (1.0, 1.0),
+) -> Result:
+    sides: list[tuple[Encoded | None, Encoded | None]] = []
+    keys = []
+    for a, b, kept in zip(first, second, formats, strict=True):
+        present = [x for x in (a, b) if x is not None]
+        if not present or present[0].shape != present[-1].shape:
+            shapes = ", ".join(str(tuple(x.shape)) for x in present) or "none"
+            raise ValueError(f"merge: expected one or two importances of the same shape, got {shapes}")
+        values = [x.values for x in present]
+        coded = kept in CODES or any(x.scales is not None for x in present)
+        in_place = all(map(is_contiguous, values)) if coded else same_dense_layout(values)
+        sides.append((a, b) if in_place else (_contiguous(a), _contiguous(b)))
+        wide = "fp64" if "fp64" in (kept, *(x.format for x in present)) else kept
+        keys.append(_served(values[0], wide))
+
+    def run(backend: str, rows: list[int]) -> Result:
+        pairs = [sides[i] for i in rows]
+        kept = [formats[i] for i in rows]
+        return _IMPORTANCE[backend].merge([a for a, _ in pairs], [b for _, b in pairs], kept, weights)
+
+    return _collected(keys, run)
 
 
-def _by_backend(params: Sequence[Tensor]) -> list[tuple[list[int], str]]:
+def _contiguous(x: Encoded | None) -> Encoded | None:
+    return x and x._replace(values=x.values.contiguous(), scales=None if x.scales is None else x.scales.contiguous())
+
+
+def _served(tensor: Tensor, kept: str) -> tuple[torch.device, torch.dtype]:
+    """Return what decides who serves an importance that is kept in such a format."""
+    return tensor.device, torch.float64 if kept == "fp64" else tensor.dtype
+
+
+def _collected(keys: list[tuple[torch.device, torch.dtype]], run: Callable[[str, list[int]], Result]) -> Result:
+    """Run each group of rows on the backend that serves it and put the results in the rows' order."""
+    importances: list[Any] = [None] * len(keys)
+    stats = torch.zeros(len(keys), len(importance_reference.STATISTICS), dtype=torch.float64)
+    histograms = torch.zeros(len(keys), importance_reference.BINS, dtype=torch.int64)
+    for rows, backend in _by_backend(keys):
+        found, table, counts = run(backend, rows)
+        for i, importance in zip(rows, found, strict=True):
+            importances[i] = importance
+        stats[rows], histograms[rows] = table, counts
+    return importances, stats, histograms
+
+
+def _by_backend(keys: Sequence[tuple[torch.device, torch.dtype]]) -> list[tuple[list[int], str]]:
     """Group row numbers by device and by the backend that serves them."""
     groups: dict[tuple[str, str], list[int]] = {}
-    for i, param in enumerate(params):
-        table = importance_backends(param.device.type, param.dtype)
+    for i, (device, dtype) in enumerate(keys):
+        table = importance_backends(device.type, dtype)
         backend = next(name for name, reason in table.items() if not reason)
-        groups.setdefault((str(param.device), backend), []).append(i)
+        groups.setdefault((str(device), backend), []).append(i)
     return [(rows, backend) for (_, backend), rows in groups.items()]
+
+
+def _finalise_flat(*args: Any, **kwargs: Any) -> Flat:
+    return flattened(_finalise_eager(*args, **kwargs))
+
+
+def _merge_flat(*args: Any) -> Flat:
+    """Take the registered op's flat arguments apart."""
+    formats, weights = args[6:]
+    return flattened(_merge_eager(unflattened(*args[:3]), unflattened(*args[3:6]), formats, weights and tuple(weights)))
 
 
 _LIBRARY = torch.library.Library("alr_kernels", "DEF")
@@ -213,12 +242,18 @@ _LIBRARY.define(
     "bool maximize=False) -> ()"
 )
 _LIBRARY.define(
-    "finalise(Tensor[] path_integrals, Tensor[] params, Tensor[] starts, float xi, bool relative=False) "
-    "-> (Tensor[], Tensor)"
+    "finalise(Tensor[] path_integrals, Tensor[] params, Tensor[] starts, str[] formats, float xi, "
+    "bool relative=False) -> (Tensor[] values, Tensor[] scales, Tensor statistics, Tensor histograms)"
+)
+_LIBRARY.define(
+    "merge(Tensor[] first, Tensor[] first_scales, str[] first_formats, Tensor[] second, Tensor[] second_scales, "
+    "str[] second_formats, str[] formats, float[]? weights) "
+    "-> (Tensor[] values, Tensor[] scales, Tensor statistics, Tensor histograms)"
 )
 _LIBRARY.impl("step_", _step_flat, "CompositeExplicitAutograd")
 _LIBRARY.impl("accumulate_", _accumulate_eager, "CompositeExplicitAutograd")
-_LIBRARY.impl("finalise", _finalise_eager, "CompositeExplicitAutograd")
+_LIBRARY.impl("finalise", _finalise_flat, "CompositeExplicitAutograd")
+_LIBRARY.impl("merge", _merge_flat, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alr_kernels::step_", lib=_LIBRARY)
@@ -233,10 +268,20 @@ def _accumulate_fake(*_: Any, **__: Any) -> None:
 
 @torch.library.register_fake("alr_kernels::finalise", lib=_LIBRARY)
 def _finalise_fake(
-    path_integrals: Sequence[Tensor], params: Sequence[Tensor], *_: Any, **__: Any
-) -> tuple[list[Tensor], Tensor]:
-    stats = torch.empty(len(params), len(importance_reference.STATISTICS), dtype=torch.float64, device="cpu")
-    return [torch.empty_like(path_integral) for path_integral in path_integrals], stats
+    path_integrals: Sequence[Tensor],
+    params: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    formats: Sequence[str],
+    *_: Any,
+    **__: Any,
+) -> Flat:
+    return fake_outputs([Encoded.dense(omega) for omega in path_integrals], formats)
+
+
+@torch.library.register_fake("alr_kernels::merge", lib=_LIBRARY)
+def _merge_fake(*args: Any) -> Flat:
+    pairs = zip(unflattened(*args[:3]), unflattened(*args[3:6]), strict=True)
+    return fake_outputs([a or b for a, b in pairs], args[6])  # type: ignore[misc]
 
 
 def step_(
@@ -289,22 +334,65 @@ def accumulate_(*args: Any, **kwargs: Any) -> None:
         _accumulate_eager(*args, **kwargs)
 
 
-def finalise(*args: Any, **kwargs: Any) -> Any:
-    """Return (Ω per tensor, statistics) with Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ), in one pass.
+def finalise(
+    path_integrals: Sequence[Tensor],
+    params: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    formats: Sequence[str],
+    xi: float,
+    relative: bool = False,
+) -> Result:
+    """Return Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ) in the given formats, its statistics and histograms; one pass.
 
     Args:
-        path_integrals: [n tensors] float32: ω. params: θ_end. starts: θ_start, dtype as params.
+        path_integrals: [n tensors] float32 (float64 for float64 params): ω.
+        params: same shapes: θ_end.
+        starts: same shapes and dtypes as params: θ_start.
+        formats: n of ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``, ``"int8"``, ``"int4"``; codes need a last
+            dimension of whole blocks of 128.
         xi: ξ > 0, in units of θ²; with ``relative`` in units of each tensor's mean((θ_end − θ_start)²).
 
     Returns:
-        list of Ω, dtype and shape as ω, 0 where ω is not finite; [n, 7] float64 on the CPU, columns
-        ``importance.reference.STATISTICS``.
+        list of Ω, 0 where ω is not finite; [n, 7] float64 on the CPU, columns ``importance.statistics.STATISTICS``, of
+        Ω before it is encoded; [n, 64] int64 on the CPU, the histogram of the same.
 
     Source: arXiv 2501.13669, eq. 4-5, clamped once at the end.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.alr_kernels.finalise(*args, **kwargs)
-    return _finalise_eager(*args, **kwargs)
+        values, scales, *rest = torch.ops.alr_kernels.finalise(path_integrals, params, starts, formats, xi, relative)
+        return unflattened(values, scales, formats), *rest
+    return _finalise_eager(path_integrals, params, starts, formats, xi, relative)
+
+
+def merge(
+    first: Sequence[Encoded | None],
+    second: Sequence[Encoded | None],
+    formats: Sequence[str],
+    weights: tuple[float, float] | None = (1.0, 1.0),
+) -> Result:
+    """Return a·Ω_a + b·Ω_b in the given formats, its statistics and histograms, in one pass over what is encoded.
+
+    Args:
+        first: [n] Ω_a in any format, or None for 0.
+        second: [n] Ω_b likewise, of the same shape; one of the two is there.
+        formats: n names as in :func:`finalise`.
+        weights: (a, b), or None for max(Ω_a, Ω_b).
+
+    Returns:
+        As :func:`finalise`; the statistics of ω are 0.
+
+    Source: a = γ, b = 1 is online EWC (Schwarz et al. 2018).
+    """
+    if torch.compiler.is_compiling():
+        flat: list[Any] = []
+        for side in (first, second):
+            nothing = torch.empty(0)
+            flat.append([nothing if x is None else x.values for x in side])
+            flat.append([nothing if x is None or x.scales is None else x.scales for x in side])
+            flat.append(["" if x is None else x.format for x in side])
+        values, scales, *rest = torch.ops.alr_kernels.merge(*flat, formats, weights)
+        return unflattened(values, scales, formats), *rest
+    return _merge_eager(first, second, formats, weights)
 
 
 def doctor_table(device_type: str) -> dict[str, dict[str, str]]:

@@ -107,15 +107,32 @@ ALR_HOST_DEVICE Int<F> encode_exp_avg_sq(F root, F inverse, F u) {
   return root > 0.0f ? code : Int<F>{};
 }
 
-// importance = scale c^4, with scale = the block's max / top^4; c = round((importance inverse)^(1/4) top).
+// importance = scale c^4, with scale = the block's max as bf16 / top^4; c = #{j: t(j) <= importance inverse}.
 ALR_HOST_DEVICE constexpr float importance_unit(int bits) {
   return float(bits == 4 ? 1.0 / (15.0 * 15.0 * 15.0 * 15.0) : 1.0 / (255.0 * 255.0 * 255.0 * 255.0));
 }
 
-template <typename F>
-ALR_HOST_DEVICE Int<F> encode_importance(F importance, F inverse, float top) {
-  const F code = approximate_sqrt(approximate_sqrt(importance * inverse)) * top + 0.5f;
-  return Number<F>::whole(code > top ? F{} + top : code);
+ALR_HOST_DEVICE uint16_t importance_scale(float peak) {
+  return uint16_t(to_bfloat16(peak > kBFloat16Max ? kBFloat16Max : peak));
+}
+
+// t(c + 1) = ((c + 1/2) / top)^4: from there on the code is no longer c.
+template <int kBits, typename F>
+ALR_HOST_DEVICE F next_threshold(Int<F> code) {
+  constexpr float kStep = float(1.0 / ((1 << kBits) - 1));
+  const F root = (Number<F>::of(code) + 0.5f) * kStep;
+  const F square = root * root;
+  return square * square;
+}
+
+// A fourth root that is off by 7e-4 at most (rsqrtps twice: 5.5e-4) gives c or c - 1; one comparison says which.
+// `ratio` is at most 1 + 2^-8, where the scale was rounded down: below t(top + 1). Of NaN the low byte is 0.
+// thresholds(c): next_threshold of it.
+template <int kBits, typename F, typename Thresholds>
+ALR_HOST_DEVICE Int<F> encode_importance(F ratio, const Thresholds& thresholds) {
+  constexpr float kTop = float((1 << kBits) - 1);
+  const Int<F> code = Number<F>::whole(Number<F>::rough_fourth_root(ratio) * kTop + 0.3f);
+  return ratio >= thresholds(code) ? code + 1 : code;
 }
 
 }  // namespace alr

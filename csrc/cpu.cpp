@@ -86,6 +86,28 @@ void for_chunks(const std::vector<Chunk>& chunks, int num_threads, const Body& b
   for (int64_t i = 0; i < count; ++i) body(size_t(i));
 }
 
+// Calls body(chunk, counts) -> Sums for every chunk and writes what follows from all of a tensor's.
+template <typename Tensor, typename Body>
+void reduced(const std::vector<Tensor>& tensors, const std::vector<Chunk>& chunks, double* statistics,
+             int64_t* histograms, int num_threads, const Body& body) {
+  std::fill(histograms, histograms + tensors.size() * kBins, int64_t(0));
+  std::vector<Sums> partials(chunks.size()), sums(tensors.size(), Sums{});
+  for_chunks(chunks, num_threads, [&](size_t i) {
+    int64_t counts[kBins] = {};
+    partials[i] = body(chunks[i], counts);
+    int64_t* row = histograms + chunks[i].tensor * kBins;
+    for (int b = 0; b < kBins; ++b) {
+      if (counts[b]) __atomic_fetch_add(row + b, counts[b], __ATOMIC_RELAXED);  // integers: any order will do
+    }
+  });
+  for (size_t i = 0; i < chunks.size(); ++i) add_sums(sums[chunks[i].tensor], partials[i]);
+  for (size_t i = 0; i < tensors.size(); ++i) write_statistics(statistics + i * kStatistics, sums[i], tensors[i].numel);
+}
+
+struct Sized {
+  int64_t numel;
+};
+
 }  // namespace
 
 const CpuKernels& cpu_kernels() { return *kCapabilities[current_capability().load(std::memory_order_relaxed)].kernels; }
@@ -147,7 +169,7 @@ void accumulate_cpu(const std::vector<AccumulateTensor>& tensors, float grad_sig
 }
 
 void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool relative, double* statistics,
-                  int num_threads) {
+                  int64_t* histograms, int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
   const std::vector<Chunk> chunks = chunks_of(tensors);
   std::vector<float> floors(tensors.size(), float(xi));
@@ -159,27 +181,23 @@ void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool re
     for (size_t i = 0; i < chunks.size(); ++i) move_sq_sums[chunks[i].tensor] += partials[i];
     for (size_t i = 0; i < tensors.size(); ++i) floors[i] = relative_floor(xi, move_sq_sums[i], tensors[i].numel);
   }
-  std::vector<Sums> partials(chunks.size()), sums(tensors.size(), Sums{});
-  for_chunks(chunks, num_threads, [&](size_t i) {
-    const Chunk& c = chunks[i];
-    partials[i] = kernels.finalise(tensors[c.tensor], floors[c.tensor], c.begin, c.end);
+  reduced(tensors, chunks, statistics, histograms, num_threads, [&](const Chunk& c, int64_t* counts) {
+    return kernels.finalise(tensors[c.tensor], floors[c.tensor], c.begin, c.end, counts);
   });
-  for (size_t i = 0; i < chunks.size(); ++i) add_sums(sums[chunks[i].tensor], partials[i]);
-  for (size_t i = 0; i < tensors.size(); ++i) write_statistics(statistics + i * kStatistics, sums[i], tensors[i].numel);
 }
 
-void encode_importance_cpu(const CodecTensor& tensor, int num_threads) {
+void merge_cpu(const std::vector<MergeTensor>& tensors, const MergeRule& rule, double* statistics,
+               int64_t* histograms, int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
-  const std::vector<Chunk> chunks = chunks_of(std::vector<CodecTensor>{tensor});
-  for_chunks(chunks, num_threads,
-             [&](size_t i) { kernels.encode_importance(tensor, chunks[i].begin, chunks[i].end); });
+  reduced(tensors, chunks_of(tensors), statistics, histograms, num_threads, [&](const Chunk& c, int64_t* counts) {
+    return kernels.merge(tensors[c.tensor], rule, c.begin, c.end, counts);
+  });
 }
 
-void decode_importance_cpu(const CodecTensor& tensor, int num_threads) {
+void decode_cpu(const Kept& importance, float* to, int64_t numel, int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
-  const std::vector<Chunk> chunks = chunks_of(std::vector<CodecTensor>{tensor});
-  for_chunks(chunks, num_threads,
-             [&](size_t i) { kernels.decode_importance(tensor, chunks[i].begin, chunks[i].end); });
+  const std::vector<Chunk> chunks = chunks_of(std::vector<Sized>{{numel}});
+  for_chunks(chunks, num_threads, [&](size_t i) { kernels.decode(importance, to, chunks[i].begin, chunks[i].end); });
 }
 
 }  // namespace alr

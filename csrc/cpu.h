@@ -65,22 +65,27 @@ struct AccumulateTensor {
   int grad_dtype;
 };
 
+// Importance as it is kept, in a DType or as codes.
+struct Kept {
+  void* values;      // [numel], 4-bit codes [numel / 2]; null where merge() has no such side
+  uint16_t* scales;  // [numel / kBlock] bf16, or null unless values are codes
+  int format;
+};
+
 struct FinaliseTensor {
   const float* path_integral;  // [numel]
   const void* param;           // [numel] param dtype
   const void* start;           // [numel] param dtype
-  float* importance;           // [numel], written
-  int64_t numel;
+  Kept importance;             // written
+  int64_t numel;               // a multiple of kBlock where importance is codes
   int param_dtype;
 };
 
-struct CodecTensor {
-  void* importance;  // [numel] float32, or bf16 to encode; written by decode
-  uint8_t* codes;    // [numel], or [numel / 2] of 4 bits; written by encode
-  uint16_t* scales;  // [numel / kBlock] bf16, written by encode
-  int64_t numel;     // a multiple of kBlock
-  int dtype;         // of importance
-  int bits;          // 8 or 4
+struct MergeTensor {
+  Kept first;
+  Kept second;
+  Kept importance;  // written
+  int64_t numel;    // a multiple of kBlock where anything is codes
 };
 
 // The same loops, compiled once per instruction set; each works on elements [begin, end).
@@ -90,11 +95,12 @@ struct CpuKernels {
                   double* sums);
   void (*accumulate)(const AccumulateTensor&, float grad_sign, int64_t begin, int64_t end);
   double (*move_sq_sum)(const FinaliseTensor&, int64_t begin, int64_t end);
-  Sums (*finalise)(const FinaliseTensor&, float floor, int64_t begin, int64_t end);
+  // counts: [kBins], added to.
+  Sums (*finalise)(const FinaliseTensor&, float floor, int64_t begin, int64_t end, int64_t* counts);
+  Sums (*merge)(const MergeTensor&, const MergeRule&, int64_t begin, int64_t end, int64_t* counts);
+  void (*decode)(const Kept&, float* to, int64_t begin, int64_t end);
   void (*to_float)(const void* from, int dtype, float* to, int64_t numel);
   void (*from_float)(const float* from, void* to, int dtype, int64_t numel);
-  void (*encode_importance)(const CodecTensor&, int64_t begin, int64_t end);
-  void (*decode_importance)(const CodecTensor&, int64_t begin, int64_t end);
 };
 
 #define ALR_DECLARE_CPU_KERNELS(NAMESPACE)                                                          \
@@ -105,19 +111,19 @@ struct CpuKernels {
                           int64_t, int64_t, double*);                                               \
   void accumulate_range(const AccumulateTensor&, float, int64_t, int64_t);                          \
   double move_sq_sum_range(const FinaliseTensor&, int64_t, int64_t);                                \
-  Sums finalise_range(const FinaliseTensor&, float, int64_t, int64_t);                              \
+  Sums finalise_range(const FinaliseTensor&, float, int64_t, int64_t, int64_t*);                    \
+  Sums merge_range(const MergeTensor&, const MergeRule&, int64_t, int64_t, int64_t*);               \
+  void decode_range(const Kept&, float*, int64_t, int64_t);                                         \
   void to_float_range(const void*, int, float*, int64_t);                                           \
   void from_float_range(const float*, void*, int, int64_t);                                         \
-  void encode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
-  void decode_importance_range(const CodecTensor&, int64_t, int64_t);                               \
   constexpr CpuKernels kKernels{{step_range_fast, step_range_precise},                              \
                                 accumulate_range,                                                   \
                                 move_sq_sum_range,                                                  \
                                 finalise_range,                                                     \
+                                merge_range,                                                        \
+                                decode_range,                                                       \
                                 to_float_range,                                                     \
-                                from_float_range,                                                   \
-                                encode_importance_range,                                            \
-                                decode_importance_range};                                           \
+                                from_float_range};                                                  \
   }
 
 ALR_DECLARE_CPU_KERNELS(cpu_default)
@@ -132,11 +138,13 @@ ALR_DECLARE_CPU_KERNELS(cpu_avx512)
 void step_cpu(const std::vector<StepTensor>& tensors, const std::vector<StepScalars<float>>& scalars,
               const StepOptions& options, double* statistics, int num_threads);
 void accumulate_cpu(const std::vector<AccumulateTensor>& tensors, float grad_sign, int num_threads);
+// statistics: [tensors, kStatistics], histograms: [tensors, kBins]; both overwritten.
 void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool relative, double* statistics,
-                  int num_threads);
-
-void encode_importance_cpu(const CodecTensor& tensor, int num_threads);
-void decode_importance_cpu(const CodecTensor& tensor, int num_threads);
+                  int64_t* histograms, int num_threads);
+void merge_cpu(const std::vector<MergeTensor>& tensors, const MergeRule& rule, double* statistics,
+               int64_t* histograms, int num_threads);
+// to: [numel].
+void decode_cpu(const Kept& importance, float* to, int64_t numel, int num_threads);
 
 const CpuKernels& cpu_kernels();
 std::string cpu_capability();

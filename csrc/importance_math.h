@@ -1,4 +1,4 @@
-// Recording and finalising element-wise importance, per element. The same lines, in the same order,
+// Recording, finalising and merging element-wise importance, per element. The same lines, in the same order,
 // as alr_kernels/importance/reference.py; compiled without floating-point contraction.
 #pragma once
 
@@ -14,20 +14,67 @@ ALR_HOST_DEVICE float accumulate(float path_integral, float g, float param, floa
   return path_integral - g * (param - before);
 }
 
-ALR_HOST_DEVICE float move_sq(float param, float start) {
-  const float move = param - start;
+template <typename F>
+ALR_HOST_DEVICE F move_sq(F param, F start) {
+  const F move = param - start;
   return move * move;
 }
 
 ALR_HOST_DEVICE bool is_finite(float x) { return fabsf(x) <= FLT_MAX; }
 
-// Returns the importance, 0 where it or the path integral is not finite; `finite` says which.
-ALR_HOST_DEVICE float finalise(float path_integral, float move_sq, float floor, bool& finite) {
+// The importance, before it is set to 0 where it or the path integral is not finite.
+template <typename F>
+ALR_HOST_DEVICE F finalise(F path_integral, F move_sq, float floor) {
   // The denominator is 0 only where nothing moved and xi is relative: no scale, hence importance 0.
-  const float denominator = move_sq + floor;
-  const float importance = path_integral > 0.0f && denominator > 0.0f ? path_integral / denominator : 0.0f;
-  finite = is_finite(path_integral) && is_finite(importance);
-  return finite ? importance : 0.0f;
+  const F denominator = move_sq + floor;
+  const F importance = denominator > 0.0f ? path_integral / denominator : F{};
+  return path_integral > 0.0f ? importance : F{};
+}
+
+template <typename F>
+ALR_HOST_DEVICE F negative_part(F path_integral) {
+  return path_integral < 0.0f ? path_integral : F{};
+}
+
+// How two importances become one: a first + b second, or the larger; each product rounds by itself.
+struct MergeRule {
+  float first;
+  float second;
+  bool largest;
+};
+
+template <typename F>
+ALR_HOST_DEVICE F merge(F a, F b, const MergeRule& rule) {
+  if (rule.largest) {
+    const F larger = a > b ? a : b;
+    return a != a ? a : larger;  // NaN of either
+  }
+  return a * rule.first + b * rule.second;
+}
+
+// The power of two by which a block with this largest importance is multiplied before it is summed in
+// float32: squares of 1e-25 are not representable, sums of 1e38 neither. `unscale` undoes it.
+struct BlockUnit {
+  float scale;
+  double unscale;
+};
+
+ALR_HOST_DEVICE BlockUnit block_unit(float peak) {
+  const int exponent = int(float_bits(peak) >> 23 & 0xffu);
+  const int kept = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
+  const uint64_t bits = uint64_t(kept + 1023 - 127) << 52;
+  double unscale;
+  memcpy(&unscale, &bits, sizeof(unscale));
+  return {bits_float<float>(uint32_t(254 - kept) << 23), unscale};
+}
+
+// Bin of the histogram that the upper byte of a float32 importance says: it is half the exponent.
+constexpr int kBins = 64;
+constexpr int kLowestByte = 32;
+
+ALR_HOST_DEVICE int bin_of(int upper_byte) {
+  const int bin = upper_byte > 127 ? 0 : upper_byte - kLowestByte;  // above 127: negative
+  return bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
 }
 
 // Sums over one chunk (later over one tensor) from which the statistics follow; all are float64, so
@@ -42,27 +89,19 @@ struct Sums {
 };
 constexpr int kSums = 6;
 
-ALR_HOST_DEVICE void add_element(Sums& sums, float path_integral, float importance, bool finite) {
-  const double omega = finite ? double(path_integral) : 0.0;
-  const double wide = double(importance);
-  sums.path_integral += omega;
-  sums.negative_mass -= omega < 0.0 ? omega : 0.0;
-  sums.importance += wide;
-  sums.importance_sq += wide * wide;
-  sums.importance_max = wide > sums.importance_max ? wide : sums.importance_max;
-  sums.nonfinite += finite ? 0.0 : 1.0;
-}
+// NaN stays.
+ALR_HOST_DEVICE double maximum(double most, double x) { return x > most || x != x ? x : most; }
 
 ALR_HOST_DEVICE void add_sums(Sums& sums, const Sums& other) {
   sums.path_integral += other.path_integral;
   sums.negative_mass += other.negative_mass;
   sums.importance += other.importance;
   sums.importance_sq += other.importance_sq;
-  sums.importance_max = other.importance_max > sums.importance_max ? other.importance_max : sums.importance_max;
+  sums.importance_max = maximum(sums.importance_max, other.importance_max);
   sums.nonfinite += other.nonfinite;
 }
 
-// Columns in the order of STATISTICS in alr_kernels/importance/reference.py.
+// Columns in the order of STATISTICS in alr_kernels/importance/statistics.py.
 constexpr int kStatistics = 7;
 
 ALR_HOST_DEVICE void write_statistics(double* row, const Sums& sums, int64_t numel) {

@@ -4,8 +4,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "build_config.h"
@@ -187,30 +190,37 @@ void step_(const py::list& operands, const std::vector<int64_t>& numels, const s
   step_cpu(tensors, table, options, reinterpret_cast<double*>(statistics), num_threads);
 }
 
-CodecTensor codec_tensor(const char* op, uintptr_t importance, int dtype, uintptr_t codes, uintptr_t scales,
-                         int64_t numel, int bits, int num_threads) {
-  check_codes(op, "dtype", {dtype}, kBFloat16 + 1);
-  check_numels(op, {numel});
-  check_blocks(op, {numel});
-  if (bits != 8 && bits != 4) throw std::invalid_argument(std::string(op) + ": expected 8 or 4 bits, got " + std::to_string(bits));
-  check_threads(op, num_threads);
-  return {address<void>(op, "importance", importance, numel > 0), address<uint8_t>(op, "codes", codes, numel > 0),
-          address<uint16_t>(op, "scales", scales, numel > 0), numel, dtype, bits};
-}
-
-void encode_importance_(uintptr_t importance, int dtype, uintptr_t codes, uintptr_t scales, int64_t numel, int bits,
-                        int num_threads) {
-  const CodecTensor t = codec_tensor("encode_importance", importance, dtype, codes, scales, numel, bits, num_threads);
-  const py::gil_scoped_release release;
-  encode_importance_cpu(t, num_threads);
+// Importance of a list of tensors as it is kept; `optional`: an address of 0 says that it is not there.
+std::vector<Kept> kept_list(const char* op, const char* name, const py::list& values, const py::list& scales,
+                            const std::vector<int>& formats, const std::vector<int64_t>& numels, bool optional) {
+  const size_t n = numels.size();
+  const std::string scales_name = std::string("scales of ") + name;
+  const Pointers value(op, name, values, n), scale(op, scales_name.c_str(), scales, n);
+  check_size(op, "formats", n, formats.size());
+  std::vector<Kept> kept;
+  for (size_t i = 0; i < n; ++i) {
+    const bool codes = has_scales(formats[i]);
+    check_codes(op, "formats", {codes ? 0 : formats[i]}, kDTypes);
+    if (codes) check_blocks(op, {numels[i]});
+    void* address = value.at<void>(i, optional ? 0 : numels[i]);
+    const int64_t needed = codes && address != nullptr ? numels[i] : 0;
+    kept.push_back({address, scale.at<uint16_t>(i, needed), formats[i]});
+  }
+  return kept;
 }
 
 void decode_importance_(uintptr_t codes, uintptr_t scales, uintptr_t importance, int64_t numel, int bits,
                         int num_threads) {
-  const CodecTensor t =
-      codec_tensor("decode_importance", importance, kFloat32, codes, scales, numel, bits, num_threads);
+  const char* op = "decode_importance";
+  check_numels(op, {numel});
+  check_blocks(op, {numel});
+  if (bits != 8 && bits != 4) throw std::invalid_argument(std::string(op) + ": expected 8 or 4 bits, got " + std::to_string(bits));
+  check_threads(op, num_threads);
+  const Kept kept{address<void>(op, "codes", codes, numel > 0), address<uint16_t>(op, "scales", scales, numel > 0),
+                  bits == 4 ? kCodes4 : kCodes8};
+  float* to = address<float>(op, "importance", importance, numel > 0);
   const py::gil_scoped_release release;
-  decode_importance_cpu(t, num_threads);
+  decode_cpu(kept, to, numel, num_threads);
 }
 
 std::vector<AccumulateTensor> accumulate_tensors(const char* op, const py::list& path_integrals,
@@ -235,23 +245,58 @@ std::vector<AccumulateTensor> accumulate_tensors(const char* op, const py::list&
   return tensors;
 }
 
+// What finalise and merge write: per tensor its importance, a row of statistics and one of counts.
+struct Outputs {
+  py::list values;
+  py::list scales;
+  std::vector<int> formats;
+  uintptr_t statistics;
+  uintptr_t histograms;
+};
+
+using OutputArguments = std::tuple<py::list, py::list, std::vector<int>, uintptr_t, uintptr_t>;
+
+Outputs outputs_of(const OutputArguments& a) {
+  return {std::get<0>(a), std::get<1>(a), std::get<2>(a), std::get<3>(a), std::get<4>(a)};
+}
+
 std::vector<FinaliseTensor> finalise_tensors(const char* op, const py::list& path_integrals, const py::list& params,
-                                             const py::list& starts, const py::list& importances,
-                                             const std::vector<int64_t>& numels,
-                                             const std::vector<int>& param_dtypes) {
+                                             const py::list& starts, const std::vector<int64_t>& numels,
+                                             const std::vector<int>& param_dtypes, const Outputs& outputs) {
   const size_t n = numels.size();
   const Pointers path_integral(op, "path_integrals", path_integrals, n), param(op, "params", params, n),
-      start(op, "starts", starts, n), importance(op, "importances", importances, n);
+      start(op, "starts", starts, n);
   check_numels(op, numels);
   check_size(op, "param_dtypes", n, param_dtypes.size());
   check_codes(op, "param_dtypes", param_dtypes, kDTypes);
+  const auto kept = kept_list(op, "importances", outputs.values, outputs.scales, outputs.formats, numels, false);
   std::vector<FinaliseTensor> tensors;
   for (size_t i = 0; i < n; ++i) {
     const int64_t numel = numels[i];
-    tensors.push_back({path_integral.at<float>(i, numel), param.at<void>(i, numel), start.at<void>(i, numel),
-                       importance.at<float>(i, numel), numel, param_dtypes[i]});
+    tensors.push_back({path_integral.at<float>(i, numel), param.at<void>(i, numel), start.at<void>(i, numel), kept[i],
+                       numel, param_dtypes[i]});
   }
   return tensors;
+}
+
+using SideArguments = std::tuple<py::list, py::list, std::vector<int>>;
+
+std::vector<MergeTensor> merge_tensors(const char* op, const SideArguments& first, const SideArguments& second,
+                                       const std::vector<int64_t>& numels, const Outputs& outputs) {
+  check_numels(op, numels);
+  const auto side = [&](const char* name, const SideArguments& s) {
+    return kept_list(op, name, std::get<0>(s), std::get<1>(s), std::get<2>(s), numels, true);
+  };
+  const auto a = side("first", first), b = side("second", second);
+  const auto kept = kept_list(op, "importances", outputs.values, outputs.scales, outputs.formats, numels, false);
+  std::vector<MergeTensor> tensors;
+  for (size_t i = 0; i < numels.size(); ++i) tensors.push_back({a[i], b[i], kept[i], numels[i]});
+  return tensors;
+}
+
+MergeRule merge_rule(const std::optional<std::pair<double, double>>& weights) {
+  if (!weights) return {1.0f, 1.0f, true};
+  return {float(weights->first), float(weights->second), false};
 }
 
 void accumulate_(const py::list& path_integrals, const py::list& grads, const py::list& params,
@@ -264,15 +309,28 @@ void accumulate_(const py::list& path_integrals, const py::list& grads, const py
   accumulate_cpu(tensors, maximize ? -1.0f : 1.0f, num_threads);
 }
 
-void finalise_list(const py::list& path_integrals, const py::list& params, const py::list& starts,
-                   const py::list& importances, const std::vector<int64_t>& numels,
-                   const std::vector<int>& param_dtypes, double xi, bool relative, uintptr_t statistics,
-                   int num_threads) {
-  const auto tensors = finalise_tensors("finalise", path_integrals, params, starts, importances, numels, param_dtypes);
-  double* rows = address<double>("finalise", "statistics", statistics, !tensors.empty());
+void finalise_(const py::list& path_integrals, const py::list& params, const py::list& starts,
+               const std::vector<int64_t>& numels, const std::vector<int>& param_dtypes, double xi, bool relative,
+               const OutputArguments& outputs, int num_threads) {
+  const Outputs out = outputs_of(outputs);
+  const auto tensors = finalise_tensors("finalise", path_integrals, params, starts, numels, param_dtypes, out);
+  double* statistics = address<double>("finalise", "statistics", out.statistics, !tensors.empty());
+  int64_t* histograms = address<int64_t>("finalise", "histograms", out.histograms, !tensors.empty());
   check_threads("finalise", num_threads);
   const py::gil_scoped_release release;
-  finalise_cpu(tensors, xi, relative, rows, num_threads);
+  finalise_cpu(tensors, xi, relative, statistics, histograms, num_threads);
+}
+
+void merge_(const SideArguments& first, const SideArguments& second, const std::vector<int64_t>& numels,
+            const std::optional<std::pair<double, double>>& weights, const OutputArguments& outputs, int num_threads) {
+  const Outputs out = outputs_of(outputs);
+  const auto tensors = merge_tensors("merge", first, second, numels, out);
+  double* statistics = address<double>("merge", "statistics", out.statistics, !tensors.empty());
+  int64_t* histograms = address<int64_t>("merge", "histograms", out.histograms, !tensors.empty());
+  check_threads("merge", num_threads);
+  const MergeRule rule = merge_rule(weights);
+  const py::gil_scoped_release release;
+  merge_cpu(tensors, rule, statistics, histograms, num_threads);
 }
 
 #if ALR_CUDA_BUILD
@@ -346,14 +404,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Torch-free native kernels: raw addresses, element counts and dtype codes (0 fp32, 1 bf16, 2 fp16).";
   m.def("step_", &alr::step_, "operands"_a, "numels"_a, "formats"_a, "curvature_scales"_a, "keys"_a, "scalars"_a,
         "scalar_indices"_a, "mode"_a, "precise"_a, "statistics"_a, "num_threads"_a);
-  m.def("encode_importance", &alr::encode_importance_, "importance"_a, "dtype"_a, "codes"_a, "scales"_a, "numel"_a,
-        "bits"_a, "num_threads"_a);
   m.def("decode_importance", &alr::decode_importance_, "codes"_a, "scales"_a, "importance"_a, "numel"_a, "bits"_a,
         "num_threads"_a);
   m.def("accumulate_", &alr::accumulate_, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a, "numels"_a,
         "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "num_threads"_a);
-  m.def("finalise", &alr::finalise_list, "path_integrals"_a, "params"_a, "starts"_a, "importances"_a, "numels"_a,
-        "param_dtypes"_a, "xi"_a, "relative"_a, "statistics"_a, "num_threads"_a);
+  m.def("finalise", &alr::finalise_, "path_integrals"_a, "params"_a, "starts"_a, "numels"_a, "param_dtypes"_a, "xi"_a,
+        "relative"_a, "outputs"_a, "num_threads"_a);
+  m.def("merge", &alr::merge_, "first"_a, "second"_a, "numels"_a, "weights"_a, "outputs"_a, "num_threads"_a);
 #if ALR_CUDA_BUILD
   m.def("accumulate_cuda", &alr::accumulate_cuda_list, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a,
         "numels"_a, "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "device"_a, "stream"_a);

@@ -66,6 +66,17 @@ struct Number<ALR_CPU_NAMESPACE::V> {
 #endif
   }
 
+  // x^(1/4) to 6e-4, of 0 it is 0: for whoever corrects it, as what the instruction gives is the maker's choice.
+  ALR_HOST_DEVICE static V rough_fourth_root(V x) {
+#if defined(__AVX512F__)
+    return V(_mm512_rsqrt14_ps(_mm512_rsqrt14_ps(__m512(x))));
+#elif defined(__AVX2__)
+    return V(_mm256_rsqrt_ps(_mm256_rsqrt_ps(__m256(x))));
+#else
+    return approximate_sqrt(approximate_sqrt(x));
+#endif
+  }
+
   // To 6e-5 with AVX-512, exact elsewhere, where the exact one is not slower; of 0 it is 0.
   ALR_HOST_DEVICE static V rough_square_root(V x) {
 #if defined(__AVX512F__)
@@ -127,6 +138,20 @@ ALR_HOST_DEVICE float largest(V x) {
 #endif
 }
 
+// Whether no lane is NaN or infinite.
+ALR_HOST_DEVICE bool all_finite(V x) {
+#if defined(__AVX512F__)
+  return _mm512_fpclass_ps_mask(__m512(x), 0x99) == 0;  // quiet and signalling NaN, both infinities
+#else
+  const I bad = !(magnitude(x) <= 3.40282347e+38f);
+#if defined(__AVX2__)
+  return _mm256_movemask_ps(__m256(bad)) == 0;
+#else
+  return (bad[0] | bad[1] | bad[2] | bad[3]) == 0;
+#endif
+#endif
+}
+
 ALR_HOST_DEVICE V load_float(const void* from) {
   V x;
   memcpy(&x, from, sizeof(x));
@@ -154,6 +179,18 @@ ALR_HOST_DEVICE void store_16(void* to, U x) {
 }
 ALR_HOST_DEVICE void store_8(void* to, I x) {
   _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(__m512i(x)));
+}
+// Four vectors of codes of 8 bits, or of 4 bits two to a byte, low half first; no other bits may be set.
+ALR_HOST_DEVICE __m512i bytes_in_order(const I* x) {  // packing works within quarters of a register
+  const __m512i low = _mm512_packus_epi32(__m512i(x[0]), __m512i(x[1]));
+  const __m512i high = _mm512_packus_epi32(__m512i(x[2]), __m512i(x[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(low, high));
+}
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) { _mm512_storeu_si512(to, bytes_in_order(x)); }
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  const __m512i pairs = _mm512_maddubs_epi16(bytes_in_order(x), _mm512_set1_epi16(0x1001));
+  _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtepi16_epi8(pairs));
 }
 // Codes of 4 bits, low half first, in the low bits of each lane; what is above them is left over.
 ALR_HOST_DEVICE U load_u4(const void* from) {
@@ -189,6 +226,21 @@ ALR_HOST_DEVICE void store_8(void* to, I x) {
   const __m128i both = _mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
   _mm_storel_epi64(static_cast<__m128i*>(to), both);
 }
+// As with AVX-512.
+ALR_HOST_DEVICE __m256i bytes_in_order(const I* x) {
+  const __m256i low = _mm256_packus_epi32(__m256i(x[0]), __m256i(x[1]));
+  const __m256i high = _mm256_packus_epi32(__m256i(x[2]), __m256i(x[3]));
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
+}
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) {
+  _mm256_storeu_si256(static_cast<__m256i*>(to), bytes_in_order(x));
+}
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  const __m256i pairs = _mm256_maddubs_epi16(bytes_in_order(x), _mm256_set1_epi16(0x1001));
+  const __m256i halves = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+  _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_castsi256_si128(halves));
+}
 ALR_HOST_DEVICE U load_u4(const void* from) {
   int32_t bytes;
   memcpy(&bytes, from, sizeof(bytes));
@@ -221,6 +273,15 @@ ALR_HOST_DEVICE void store_16(void* to, U x) {
 ALR_HOST_DEVICE void store_8(void* to, I x) {
   const I8 values = __builtin_convertvector(x, I8);
   memcpy(to, &values, sizeof(values));
+}
+// As with AVX-512.
+ALR_HOST_DEVICE void store_codes8(void* to, const I* x) {
+  for (int part = 0; part < 4; ++part) store_8(static_cast<uint8_t*>(to) + part * kLanes, x[part]);
+}
+ALR_HOST_DEVICE void store_codes4(void* to, const I* x) {
+  uint8_t codes[4 * kLanes];
+  store_codes8(codes, x);
+  for (int i = 0; i < 2 * kLanes; ++i) static_cast<uint8_t*>(to)[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
 }
 ALR_HOST_DEVICE U load_u4(const void* from) {
   const uint8_t* bytes = static_cast<const uint8_t*>(from);

@@ -126,6 +126,20 @@ def finalise(path_integral, end, start, xi, relative=False):
     }
 
 
+def histogram(importance, bins=64):
+    """Return the counts of ⌊log₄ Ω + 31½⌋, held between the first bin and the last; 0 falls in the first."""
+    exponent = torch.frexp(wide(importance)).exponent - 1  # ⌊log₂ Ω⌋
+    places = torch.div(exponent + bins - 1, 2, rounding_mode="floor").clamp(0, bins - 1)
+    return torch.bincount(torch.where(wide(importance) > 0, places, 0).flatten(), minlength=bins)
+
+
+def merged(first, second, weights):
+    """Return a·Ω_a + b·Ω_b, or the larger where weights is None; None is 0 everywhere."""
+    like = first if second is None else second
+    a, b = (torch.zeros_like(like, dtype=torch.float64) if x is None else wide(x) for x in (first, second))
+    return torch.maximum(a, b) if weights is None else weights[0] * a + weights[1] * b
+
+
 # ---------------------------------------------------------------- forms of storage
 
 BLOCK = 128

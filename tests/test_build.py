@@ -72,6 +72,7 @@ def test_build_info():
     else:
         assert info["cuda_missing_reason"]
         assert not hasattr(_C, "finalise_cuda")
+        assert not hasattr(_C, "merge_cuda")
 
 
 def test_shares_openmp_threads_with_torch():
@@ -163,8 +164,9 @@ def step_everywhere(dtype, grad_dtype, mode):
     native.step_(Operands(*columns), numbers_of([1.0, 2.0, 1.0, 10.0, 2.0][:n]), Options(mode, maximize=True))
     previous = [start.clone() for start in starts]
     importance_native.accumulate_(columns[6], columns[1], columns[0], previous, maximize=True)
-    importances, statistics = importance_native.finalise(columns[6], columns[0], starts, 1e-3, relative=True)
-    return [tensor for column in (*columns, previous, importances, [statistics]) for tensor in column]
+    formats = ["fp32", "bf16", "fp16", "fp32", "bf16"][:n]
+    importances, *rest = importance_native.finalise(columns[6], columns[0], starts, formats, 1e-3, relative=True)
+    return [tensor for column in (*columns, previous, [x.values for x in importances], rest) for tensor in column]
 
 
 @pytest.mark.parametrize("mode", ["coupled", "proximal"])
@@ -250,7 +252,7 @@ def test_launchers_refuse_other_sizes_and_dtypes():
     with pytest.raises(TypeError, match="params"):
         native.step_(Operands([params[0].double()], *rest), numbers, Options("coupled"))
     with pytest.raises(ValueError, match="starts: expected tensors of"):
-        importance_native.finalise(rest[-1], params, [params[0].half()], 1e-3)
+        importance_native.finalise(rest[-1], params, [params[0].half()], ["fp32"], 1e-3)
 
 
 # ---- CUDA code, without a GPU

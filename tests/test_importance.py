@@ -47,8 +47,12 @@ def recording(dtype, grad_dtype=F32, shapes=SHAPES):
 
 
 def finalise(backend, data, xi, relative=False):
+    """Return Ω as float32, and statistics; other formats: test_finalise.py."""
     lists = (data["path_integrals"], data["params"], data["starts"])
-    return MODULES[backend].finalise(*lists, xi, relative=relative)
+    found, stats, counts = MODULES[backend].finalise(*lists, ["fp32"] * len(lists[0]), xi, relative=relative)
+    assert all(x.scales is None and x.format == "fp32" for x in found)
+    assert counts.shape == (len(found), reference.BINS)
+    return [x.values for x in found], stats
 
 
 @backends
@@ -202,17 +206,19 @@ def test_dispatch_takes_operands_in_different_layouts(layout):
         assert all(map(same_bits, tensors, strided[name])), name
     data["starts"], strided["starts"] = ([torch.full((6, 10), 0.5)], [arrange(torch.full((6, 10), 0.5))])
     (got, stats), (expected, table) = (
-        _ops.finalise(each["path_integrals"], each["params"], each["starts"], 1e-3) for each in (strided, data)
+        _ops.finalise(each["path_integrals"], each["params"], each["starts"], ["fp32"], 1e-3)[:2]
+        for each in (strided, data)
     )
-    assert same_bits(got[0], expected[0])
+    assert same_bits(got[0].values, expected[0].values)
     assert torch.allclose(stats, table, rtol=1e-12)
 
 
 def test_mixed_dtypes_go_to_the_backends_that_serve_them():
     parts = [recording(dtype, shapes=((5,), (2, 3))) for dtype in (F32, F64, BF16)]
     data = {name: [t for part in parts for t in part[name]] for name in parts[0]}
-    found, stats = _ops.finalise(data["path_integrals"], data["params"], data["starts"], 1e-3)
-    for i, importance in enumerate(found):
+    formats = ["fp64" if param.dtype is F64 else "fp32" for param in data["params"]]
+    found, stats, _ = _ops.finalise(data["path_integrals"], data["params"], data["starts"], formats, 1e-3)
+    for i, importance in enumerate(x.values for x in found):
         expected, row = oracle.finalise(data["path_integrals"][i], data["params"][i], data["starts"][i], 1e-3)
         within(relative_error(importance, expected, expected), "importance")
         assert float(stats[i, 2]) == pytest.approx(row["l2"], rel=1e-6)

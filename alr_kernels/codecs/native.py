@@ -1,33 +1,65 @@
-"""Encoding and decoding importance on the CPU in C++ (csrc/codec_cpu.cpp); see reference.py for the formulas."""
+"""Encoding and decoding importance in C++ (csrc/block_cpu.h) and CUDA; see reference.py for the formulas."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..step.native import _C, DTYPE_CODES, available
+from ..step.native import _C, CODES4, CODES8, DTYPE_CODES, addresses, available
+from .encoded import Encoded
 from .reference import BLOCK
+from .storage import DTYPES
 
-__all__ = ["available", "decode_importance", "encode_importance"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["available", "decode_importance", "encode_importance", "kept_addresses", "run"]
+
+FORMAT_CODES = {name: DTYPE_CODES[dtype] for name, dtype in DTYPES.items() if dtype in DTYPE_CODES}
+FORMAT_CODES |= {"int8": CODES8, "int4": CODES4}
+BITS = {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+
+
+def kept_addresses(
+    name: str, kept: Sequence[Encoded | None], numels: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return addresses of values and of scales and the codes of formats; 0 where there is nothing."""
+    if unknown := sorted({x.format for x in kept if x} - set(FORMAT_CODES)):
+        raise TypeError(f"{name}: expected one of {', '.join(FORMAT_CODES)} for native code, got {', '.join(unknown)}")
+    nothing = torch.empty(0)
+    formats = ["fp32" if x is None else x.format for x in kept]
+    sizes = [0 if x is None else n * BITS[x.format] // 8 for x, n in zip(kept, numels, strict=True)]
+    values = addresses(name, [nothing if x is None else x.values for x in kept], sizes)
+    blocks = [n // BLOCK * 2 if kind in ("int8", "int4") else 0 for n, kind in zip(numels, formats, strict=True)]
+    scales = [nothing if x is None or x.scales is None else x.scales for x in kept]
+    return values, addresses(f"scales of {name}", scales, blocks), [FORMAT_CODES[kind] for kind in formats]
+
+
+def run(op: str, operands: tuple[Any, ...], numels: list[int], device: torch.device) -> None:
+    """Call an op of ``_C`` that gathers statistics, on the CPU's threads or the device's current stream."""
+    if device.type == "cpu":
+        getattr(_C, op)(*operands, torch.get_num_threads())
+        return
+    scratch = torch.empty(_C.importance_cuda_scratch(numels), dtype=torch.float64, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    getattr(_C, f"{op}_cuda")(*operands, scratch.data_ptr(), scratch.numel(), device.index, stream)
 
 
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (codes uint8, two to a byte for 4 bits; scales bf16 [..., n/128]) of contiguous float32 or bf16 Ω."""
-    importance = importance.contiguous()
-    shape = importance.shape[:-1]
-    codes = torch.empty(*shape, importance.shape[-1] * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(*shape, importance.shape[-1] // BLOCK, dtype=torch.bfloat16)
-    _C.encode_importance(
-        importance.data_ptr(),
-        DTYPE_CODES[importance.dtype],
-        codes.data_ptr(),
-        scales.data_ptr(),
-        importance.numel(),
-        bits,
-        torch.get_num_threads(),
-    )
-    return codes, scales
+    """Return (codes uint8, two to a byte for 4 bits; scales bf16 [..., n/128]) of float32, bf16 or fp16 Ω.
+
+    It is 1·Ω + 0·nothing of the op that merges; its statistics are dropped.
+    """
+    device, numels = importance.device, [importance.numel()]
+    given, found = Encoded.dense(importance.contiguous()), Encoded.empty(importance.shape, f"int{bits}", device)
+    dropped = torch.empty(7 + 64, dtype=torch.float64, device=device)
+    sides = (kept_addresses("importance", [given], numels), kept_addresses("nothing", [None], numels))
+    outputs = (*kept_addresses("codes", [found], numels), dropped.data_ptr(), dropped[7:].data_ptr())
+    run("merge", (*sides, numels, (1.0, 0.0), outputs), numels, device)
+    return found.values, found.scales
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Accumulating and finalising importance in C++ (CPU) and CUDA (NVIDIA); see reference.py for the formulas."""
+"""Accumulating, finalising and merging importance in C++ (CPU) and CUDA (NVIDIA); see reference.py for the formulas."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..codecs.encoded import Encoded
+from ..codecs.native import kept_addresses, run
 from ..step.native import _C, WIDTHS, addresses, available, dtype_codes, mutated
-from .reference import STATISTICS
+from .statistics import BINS, STATISTICS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+
+    from .reference import Result
 
 
 def unavailable_reason(device_type: str) -> str:
@@ -67,35 +71,73 @@ def finalise(
     path_integrals: Sequence[Tensor],
     params: Sequence[Tensor],
     starts: Sequence[Tensor],
+    formats: Sequence[str],
     xi: float,
     *,
     relative: bool = False,
-) -> tuple[list[Tensor], Tensor]:
-    """Return (Ω per tensor, statistics [n, 7] float64); see ``_ops.finalise``.
+) -> Result:
+    """Return Ω in the given formats with its statistics; see ``_ops.finalise``.
 
-    All tensors are on one device, and those with the same index dense in the same layout; ``_ops`` sees to it.
+    All tensors are on one device, and those with the same index dense in the same layout, contiguous where the format
+    is codes; ``_ops`` sees to it.
     """
     device = params[0].device if params else torch.device("cpu")
-    statistics = torch.empty(len(params), len(STATISTICS), dtype=torch.float64, device=device)
-    importances = [torch.empty_like(tensor) for tensor in path_integrals]
     numels = [tensor.numel() for tensor in params]
     param_codes = dtype_codes("params", params)
     param_bytes = [n * WIDTHS[code] for n, code in zip(numels, param_codes, strict=True)]
-    single = [n * 4 for n in numels]
+    found = _Outputs(path_integrals, formats, device)
     operands = (
-        addresses("path_integrals", path_integrals, single),
+        addresses("path_integrals", path_integrals, [n * 4 for n in numels]),
         addresses("params", params, param_bytes),
         addresses("starts", starts, param_bytes),
-        addresses("importances", importances, single),
         numels,
         param_codes,
         xi,
         relative,
+        found.addresses(numels),
     )
-    if device.type == "cpu":
-        _C.finalise(*operands, statistics.data_ptr(), torch.get_num_threads())
-    else:
-        scratch = torch.empty(_C.finalise_cuda_scratch(numels), dtype=torch.float64, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-        _C.finalise_cuda(*operands, scratch.data_ptr(), scratch.numel(), statistics.data_ptr(), device.index, stream)
-    return importances, statistics.cpu()
+    run("finalise", operands, numels, device)
+    return found.result()
+
+
+@torch.no_grad()
+def merge(
+    first: Sequence[Encoded | None],
+    second: Sequence[Encoded | None],
+    formats: Sequence[str],
+    weights: tuple[float, float] | None,
+) -> Result:
+    """Return a·Ω_a + b·Ω_b, or without weights max(Ω_a, Ω_b), in the given formats; see ``_ops.merge``.
+
+    All tensors are on one device; those with the same index are dense in the same layout, contiguous where one or the
+    result is codes. ``_ops`` sees to it.
+    """
+    present: list[Encoded] = [a or b for a, b in zip(first, second, strict=True)]  # type: ignore[misc]
+    device = present[0].values.device if present else torch.device("cpu")
+    numels = [importance.numel for importance in present]
+    found = _Outputs([p.values if p.scales is None else p for p in present], formats, device)
+    sides = (kept_addresses("first", first, numels), kept_addresses("second", second, numels))
+    run("merge", (*sides, numels, weights, found.addresses(numels)), numels, device)
+    return found.result()
+
+
+class _Outputs:
+    """Memory for what finalise and merge return. ``like``: the shape, and of floats the layout, of each tensor."""
+
+    def __init__(self, like: Sequence[Tensor | Encoded], formats: Sequence[str], device: torch.device) -> None:
+        self.importances = [Encoded.empty(x.shape, kept, device) for x, kept in zip(like, formats, strict=True)]
+        for i, (x, importance) in enumerate(zip(like, self.importances, strict=True)):
+            if importance.scales is None and isinstance(x, torch.Tensor) and not x.is_contiguous():
+                strided = torch.empty_like(x, dtype=importance.values.dtype)
+                self.importances[i] = importance._replace(values=strided)
+        self.statistics = torch.empty(len(formats), len(STATISTICS), dtype=torch.float64, device=device)
+        self.histograms = torch.empty(len(formats), BINS, dtype=torch.int64, device=device)
+
+    def addresses(self, numels: list[int]) -> tuple[list[int], list[int], list[int], int, int]:
+        """Return what _C takes as its outputs."""
+        kept = kept_addresses("importances", self.importances, numels)
+        return (*kept, self.statistics.data_ptr(), self.histograms.data_ptr())
+
+    def result(self) -> Result:
+        """Return the importances, and statistics and histograms on the CPU."""
+        return self.importances, self.statistics.cpu(), self.histograms.cpu()
