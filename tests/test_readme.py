@@ -59,7 +59,10 @@ def test_line_counts_are_true() -> None:
         assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines), name
 
 
-@pytest.mark.parametrize("page", ["docs/method.md", "docs/artifact.md", "docs/importance.md", "docs/performance.md", "CONTRIBUTING.md", "README.md"])
+PAGES = [*(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md"))), "CONTRIBUTING.md", "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):

@@ -34,8 +34,8 @@ class Recording(NamedTuple):
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
         """Return the importance, everything in one call."""
         about = self._about(xi, relative)
-        columns = (self.path_integrals, self.params, self.starts, self._formats(dtype))
-        entries, table, counts = _ops.finalise(*columns, xi, relative=relative)
+        lists = (self.path_integrals, self.params, self.starts)
+        entries, table, counts = _ops.finalise(*lists, self._formats(dtype), xi, relative)
         rows = map(TensorStats.of_row, table, counts)
         stats = dict(zip(self.names, rows, strict=True))
         _validate.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
@@ -55,9 +55,10 @@ class Recording(NamedTuple):
         layout = dict(zip(self.names, zip(formats, shapes, strict=True), strict=True))
         nonfinite = {}
         with ImportanceWriter.of_layout(path, layout, about) as writer:
-            columns = (self.path_integrals, self.params, self.starts, formats)
             for i, name in enumerate(self.names):
-                (entry,), table, counts = _ops.finalise(*([column[i]] for column in columns), xi, relative=relative)
+                one = slice(i, i + 1)
+                lists = self.path_integrals[one], self.params[one], self.starts[one]
+                (entry,), table, counts = _ops.finalise(*lists, formats[one], xi, relative)
                 stats = TensorStats.of_row(table[0], counts[0])
                 nonfinite[name] = stats.nonfinite
                 writer.add(name, entry, stats)
