@@ -176,7 +176,9 @@ def test_merge_is_the_references(weights, shape, kinds, capability):
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         if formats[i] == "fp32":
             wanted = oracle.merged(a and a.decoded(), b and b.decoded(), weights)
-            assert bool(((found[0][i].values.double() - wanted).abs() <= 2e-7 * wanted).all())
+            got = found[0][i].values.double()
+            right = ((got - wanted).abs() <= 2e-7 * wanted) | (got == wanted) | (got.isnan() & wanted.isnan())
+            assert bool(right.all())  # fp16 has infinities here
 
 
 def test_encoding_again_is_merging_with_nothing(capability):
