@@ -203,12 +203,6 @@ ALR_HOST_DEVICE void narrow_block(const float* from, const Kept& kept, int64_t b
   if (numel < kBlock) memcpy(to, block, size_t(numel) * sizeof(T));
 }
 
-// Codes are of finite numbers: NaN costs its block, infinity counts as the largest number.
-inline uint16_t tamed_scale(float* block, float peak) {
-  for (int i = 0; i < kBlock; ++i) block[i] = peak != peak || block[i] < 0.0f ? 0.0f : fminf(block[i], FLT_MAX);
-  return peak != peak ? uint16_t(0x7fc0) : importance_scale(peak);
-}
-
 inline void store_block(float* block, float peak, const Kept& kept, int64_t begin, int numel) {
   switch (kept.format) {
     case kFloat32: memcpy(static_cast<float*>(kept.values) + begin, block, size_t(numel) * sizeof(float)); return;
@@ -216,7 +210,10 @@ inline void store_block(float* block, float peak, const Kept& kept, int64_t begi
     case kFloat16: return narrow_block<Float16>(block, kept, begin, numel);
     default: break;
   }
-  const uint16_t scale = is_finite(peak) ? importance_scale(peak) : tamed_scale(block, peak);
+  const uint16_t scale = importance_scale(peak);
+  if (!is_finite(peak)) {
+    for (int i = 0; i < kBlock; ++i) block[i] = tamed(block[i], peak);
+  }
   kept.scales[begin / kBlock] = scale;
   kept.format == kCodes4 ? encode_block<4>(block, scale, kept, begin) : encode_block<8>(block, scale, kept, begin);
 }
@@ -236,7 +233,7 @@ ALR_HOST_DEVICE float block_peak(const float* block) {
 }
 
 // Adds a block to what is gathered and stores it. `block`: [kBlock], 0 beyond `numel`; overwritten. `peak`: its largest.
-inline void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
+__attribute__((noinline)) void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
   const BlockUnit unit = block_unit(peak);
   BlockSum sum{}, square{};
   for (int i = 0; i < kBlock; i += kSumLanes) {

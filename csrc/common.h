@@ -38,7 +38,13 @@ struct Number<float> {
   ALR_HOST_DEVICE static int32_t whole(float x) { return int32_t(x); }
   ALR_HOST_DEVICE static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
   ALR_HOST_DEVICE static float square_root(float x) { return sqrtf(x); }
-  ALR_HOST_DEVICE static float rough_fourth_root(float x) { return sqrtf(sqrtf(x)); }
+  ALR_HOST_DEVICE static float rough_fourth_root(float x) {
+#if defined(__CUDA_ARCH__)
+    return rsqrtf(rsqrtf(x));
+#else
+    return sqrtf(sqrtf(x));
+#endif
+  }
 };
 
 template <typename F>

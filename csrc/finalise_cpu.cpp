@@ -8,8 +8,6 @@ namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
-constexpr int kTile = 4;  // blocks between whose steps there is nothing to wait for
-
 template <typename P>
 double move_sq_sum_loop(const FinaliseTensor& t, int64_t begin, int64_t end) {
   constexpr int kDoubles = 8;
@@ -78,21 +76,16 @@ void finalise_loop(const FinaliseTensor& t, float floor, int64_t begin, int64_t 
   const float* omega = t.path_integral;
   const P* param = static_cast<const P*>(t.param);
   const P* start = static_cast<const P*>(t.start);
-  alignas(64) float block[kTile][kBlock];
-  float peaks[kTile];
+  // A block is emitted after the next one is computed: the divisions of the one overlap with the rest of the other.
+  alignas(64) float block[2][kBlock];
+  float peaks[2];
+  int now = 0;
   int64_t i = begin;
-  while (i + kBlock <= end) {
-    const int64_t whole = (end - i) / kBlock;
-    const int blocks = int(whole < kTile ? whole : kTile);
-    for (int b = 0; b < blocks; ++b) {
-      const int64_t at = i + b * kBlock;
-      peaks[b] = finalise_block(omega + at, param + at, start + at, floor, block[b], gathered);
-    }
-    for (int b = 0; b < blocks; ++b) {
-      emit_block(block[b], peaks[b], t.importance, i + b * kBlock, int(kBlock), gathered);
-    }
-    i += blocks * kBlock;
+  for (; i + kBlock <= end; i += kBlock, now ^= 1) {
+    peaks[now] = finalise_block(omega + i, param + i, start + i, floor, block[now], gathered);
+    if (i > begin) emit_block(block[now ^ 1], peaks[now ^ 1], t.importance, i - kBlock, int(kBlock), gathered);
   }
+  if (i > begin) emit_block(block[now ^ 1], peaks[now ^ 1], t.importance, i - kBlock, int(kBlock), gathered);
   if (i == end) return;
   const int numel = int(end - i);
   float last_omega[kBlock];
@@ -142,10 +135,6 @@ Sums merge_range(const MergeTensor& t, const MergeRule& rule, int64_t begin, int
     emit_block(first, block_peak(first), t.importance, i, numel, gathered);
   }
   return finished(gathered, counts);
-}
-
-void decode_range(const Kept& importance, float* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kBlock) load_block(importance, i, int(kBlock), to + i);
 }
 
 }  // namespace ALR_CPU_NAMESPACE
