@@ -28,37 +28,67 @@ ALR_HOST_DEVICE V load_as<Float16>(const Float16* from) {
   return load_float16(from);
 }
 
-// A float32 sum over one block, and where it is added up over blocks.
+// A float32 sum over one block.
 struct BlockSum {
   V part[kParts];
 };
 
-struct LaneSum {
-  double lane[kSumLanes];
+constexpr int kHalf = kSumLanes / 2;
 
-  ALR_HOST_DEVICE void add(const BlockSum& sum, double scale) {
-    float values[kSumLanes];
-    memcpy(values, &sum, sizeof(values));
+// Its upper lanes added to its lower ones.
+struct HalfSum {
+  float at[kHalf];
+
+  ALR_HOST_DEVICE explicit HalfSum(const BlockSum& sum) {
+#if defined(__AVX512F__)
+    const __m512 x = __m512(sum.part[0]);
+    _mm256_storeu_ps(at, _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+#else
+    for (int part = 0; part < kParts / 2; ++part) {
+      store_float(at + part * kLanes, sum.part[part] + sum.part[part + kParts / 2]);
+    }
+#endif
+  }
+};
+
+// Whether both are, in every lane: neither they nor their difference left float32.
+ALR_HOST_DEVICE bool both_finite(const HalfSum& positive, const HalfSum& negative) {
+#if defined(__AVX512F__)
+  return _mm256_fpclass_ps_mask(_mm256_sub_ps(_mm256_loadu_ps(positive.at), _mm256_loadu_ps(negative.at)), 0x99) == 0;
+#else
+  bool finite = true;
+  for (int i = 0; i < kHalf; i += kLanes) {
+    finite &= all_finite(load_float(positive.at + i) - load_float(negative.at + i));
+  }
+  return finite;
+#endif
+}
+
+// Where such sums are added up over blocks.
+struct LaneSum {
+  double lane[kHalf];
+
+  ALR_HOST_DEVICE void add(const HalfSum& sum, double scale) {
 #pragma omp simd
-    for (int i = 0; i < kSumLanes; ++i) lane[i] += double(values[i]) * scale;
+    for (int i = 0; i < kHalf; ++i) lane[i] += double(sum.at[i]) * scale;
   }
 
   double total() const {
     double sum = 0.0;
-    for (int i = 0; i < kSumLanes; ++i) sum += lane[i];
+    for (int i = 0; i < kHalf; ++i) sum += lane[i];
     return sum;
   }
 };
 
-// What a chunk gathers.
+// What a chunk gathers. `positive` and `negative`: of the path integral.
 struct Gathered {
-  LaneSum path_integral, negative, importance, importance_sq;
+  LaneSum positive, negative, importance, importance_sq;
   double importance_max, nonfinite;
   uint32_t counts[256];  // by a float's upper byte
 
   Sums sums() const {
-    return {path_integral.total(),    -negative.total(), importance.total(),
-            importance_sq.total(), importance_max,    nonfinite};
+    const double lost = -negative.total();
+    return {positive.total() - lost, lost, importance.total(), importance_sq.total(), importance_max, nonfinite};
   }
 };
 
@@ -243,8 +273,8 @@ __attribute__((noinline)) void emit_block(float* block, float peak, const Kept& 
       square.part[part] += x * x;
     }
   }
-  gathered.importance.add(sum, unit.unscale);
-  gathered.importance_sq.add(square, unit.unscale * unit.unscale);
+  gathered.importance.add(HalfSum(sum), unit.unscale);
+  gathered.importance_sq.add(HalfSum(square), unit.unscale * unit.unscale);
   gathered.importance_max = maximum(gathered.importance_max, double(peak));
   count_block(block, is_finite(peak) ? int(float_bits(peak) >> 24) & 127 : 127, gathered.counts);
   gathered.counts[0] -= uint32_t(kBlock - numel);

@@ -33,8 +33,8 @@ void finalise_block_slowly(const float* omega, const P* param, const P* start, f
     const bool finite = is_finite(omega[i]) && is_finite(importance);
     to[i] = finite ? importance : 0.0f;
     g.nonfinite += finite ? 0.0 : 1.0;
-    g.path_integral.lane[i % kSumLanes] += finite ? double(omega[i]) : 0.0;
-    g.negative.lane[i % kSumLanes] += finite ? double(negative_part(omega[i])) : 0.0;
+    const double kept = finite ? double(omega[i]) : 0.0;
+    (kept < 0.0 ? g.negative : g.positive).lane[i % kHalf] += kept;
   }
 }
 
@@ -42,7 +42,7 @@ void finalise_block_slowly(const float* omega, const P* param, const P* start, f
 template <typename P>
 ALR_HOST_DEVICE float finalise_block(const float* omega, const P* param, const P* start, float floor, float* to,
                                     Gathered& g) {
-  BlockSum sum{}, negative{};
+  BlockSum positive{}, negative{};
   V peak{};
   for (int i = 0; i < kBlock; i += kSumLanes) {
     for (int part = 0; part < kParts; ++part) {
@@ -50,20 +50,20 @@ ALR_HOST_DEVICE float finalise_block(const float* omega, const P* param, const P
       const V path_integral = load_float(omega + at);
       const V importance = finalise(path_integral, move_sq(load_as<P>(param + at), load_as<P>(start + at)), floor);
       store_float(to + at, importance);
-      peak = larger(importance, peak);  // neither is NaN
-      sum.part[part] += path_integral;
-      negative.part[part] += negative_part(path_integral);
+      peak = larger(importance, peak);
+      positive.part[part] += Number<V>::positive_part(path_integral);
+      negative.part[part] += Number<V>::negative_part(path_integral);
     }
   }
-  bool finite = all_finite(peak);
-  for (int part = 0; part < kParts; ++part) finite &= all_finite(sum.part[part]) && all_finite(negative.part[part]);
-  if (!finite) {
+  const HalfSum gained(positive), lost(negative);
+  const float most = largest(peak);
+  if (!is_finite(most) || !both_finite(gained, lost)) {
     finalise_block_slowly(omega, param, start, floor, to, g);
     return block_peak(to);
   }
-  g.path_integral.add(sum, 1.0);
-  g.negative.add(negative, 1.0);
-  return largest(peak);
+  g.positive.add(gained, 1.0);
+  g.negative.add(lost, 1.0);
+  return most;
 }
 
 template <typename P>
