@@ -37,7 +37,7 @@ CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-ma
 CAPABILITY_SOURCES = ["finalise_cpu.cpp", "importance_cpu.cpp"]
 STEP_SOURCE = "step_cpu.cpp"  # once more with contraction into fused multiply-adds, for precise=False
 STEP_VARIANTS = {"precise": ["-DALR_PRECISE=1"], "fast": ["-DALR_PRECISE=0", "-ffp-contract=fast"]}
-CUDA_SOURCES = ["importance_cuda.cu"]
+CUDA_SOURCES = ["importance_cuda.cu", "finalise_cuda.cu"]
 CUDA_ARCHITECTURES = ["75", "80", "90", "100", "120"]  # cubins; PTX of the newest for what comes after
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from .importance.reference import Result
 
+F64 = torch.float64
 BACKENDS = ("auto", "reference", "native", "triton")
 
 
@@ -148,7 +149,7 @@ def _finalise_eager(
 ) -> Result:
     columns = {"path_integrals": path_integrals, "params": params, "starts": starts}
     laid, _ = in_layout(columns, (), [kept in CODES for kept in formats])
-    keys = [_served(param, kept) for param, kept in zip(params, formats, strict=True)]
+    keys = [(p.device, F64 if kept == "fp64" else p.dtype) for p, kept in zip(params, formats, strict=True)]
 
     def run(backend: str, rows: list[int]) -> Result:
         lists = ([column[i] for i in rows] for column in laid.values())
@@ -175,8 +176,8 @@ def _merge_eager(
         coded = kept in CODES or any(x.scales is not None for x in present)
         in_place = all(map(is_contiguous, values)) if coded else same_dense_layout(values)
         sides.append((a, b) if in_place else (_contiguous(a), _contiguous(b)))
-        wide = "fp64" if "fp64" in (kept, *(x.format for x in present)) else kept
-        keys.append(_served(values[0], wide))
+        wide = "fp64" in (kept, *(x.format for x in present))
+        keys.append((values[0].device, F64 if wide else values[0].dtype))
 
     def run(backend: str, rows: list[int]) -> Result:
         pairs = [sides[i] for i in rows]
@@ -188,11 +189,6 @@ def _merge_eager(
 
 def _contiguous(x: Encoded | None) -> Encoded | None:
     return x and x._replace(values=x.values.contiguous(), scales=None if x.scales is None else x.scales.contiguous())
-
-
-def _served(tensor: Tensor, kept: str) -> tuple[torch.device, torch.dtype]:
-    """Return what decides who serves an importance that is kept in such a format."""
-    return tensor.device, torch.float64 if kept == "fp64" else tensor.dtype
 
 
 def _collected(keys: list[tuple[torch.device, torch.dtype]], run: Callable[[str, list[int]], Result]) -> Result:

@@ -28,37 +28,67 @@ ALR_HOST_DEVICE V load_as<Float16>(const Float16* from) {
   return load_float16(from);
 }
 
-// A float32 sum over one block, and where it is added up over blocks.
+// A float32 sum over one block.
 struct BlockSum {
   V part[kParts];
 };
 
-struct LaneSum {
-  double lane[kSumLanes];
+constexpr int kHalf = kSumLanes / 2;
 
-  ALR_HOST_DEVICE void add(const BlockSum& sum, double scale) {
-    float values[kSumLanes];
-    memcpy(values, &sum, sizeof(values));
+// Its upper lanes added to its lower ones.
+struct HalfSum {
+  float at[kHalf];
+
+  ALR_HOST_DEVICE explicit HalfSum(const BlockSum& sum) {
+#if defined(__AVX512F__)
+    const __m512 x = __m512(sum.part[0]);
+    _mm256_storeu_ps(at, _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1)));
+#else
+    for (int part = 0; part < kParts / 2; ++part) {
+      store_float(at + part * kLanes, sum.part[part] + sum.part[part + kParts / 2]);
+    }
+#endif
+  }
+};
+
+// Whether both are, in every lane: neither they nor their difference left float32.
+ALR_HOST_DEVICE bool both_finite(const HalfSum& positive, const HalfSum& negative) {
+#if defined(__AVX512F__)
+  return _mm256_fpclass_ps_mask(_mm256_sub_ps(_mm256_loadu_ps(positive.at), _mm256_loadu_ps(negative.at)), 0x99) == 0;
+#else
+  bool finite = true;
+  for (int i = 0; i < kHalf; i += kLanes) {
+    finite &= all_finite(load_float(positive.at + i) - load_float(negative.at + i));
+  }
+  return finite;
+#endif
+}
+
+// Where such sums are added up over blocks.
+struct LaneSum {
+  double lane[kHalf];
+
+  ALR_HOST_DEVICE void add(const HalfSum& sum, double scale) {
 #pragma omp simd
-    for (int i = 0; i < kSumLanes; ++i) lane[i] += double(values[i]) * scale;
+    for (int i = 0; i < kHalf; ++i) lane[i] += double(sum.at[i]) * scale;
   }
 
   double total() const {
     double sum = 0.0;
-    for (int i = 0; i < kSumLanes; ++i) sum += lane[i];
+    for (int i = 0; i < kHalf; ++i) sum += lane[i];
     return sum;
   }
 };
 
-// What a chunk gathers.
+// What a chunk gathers. `positive` and `negative`: of the path integral.
 struct Gathered {
-  LaneSum path_integral, negative, importance, importance_sq;
+  LaneSum positive, negative, importance, importance_sq;
   double importance_max, nonfinite;
   uint32_t counts[256];  // by a float's upper byte
 
   Sums sums() const {
-    return {path_integral.total(),    -negative.total(), importance.total(),
-            importance_sq.total(), importance_max,    nonfinite};
+    const double lost = -negative.total();
+    return {positive.total() - lost, lost, importance.total(), importance_sq.total(), importance_max, nonfinite};
   }
 };
 
@@ -203,12 +233,6 @@ ALR_HOST_DEVICE void narrow_block(const float* from, const Kept& kept, int64_t b
   if (numel < kBlock) memcpy(to, block, size_t(numel) * sizeof(T));
 }
 
-// Codes are of finite numbers: NaN costs its block, infinity counts as the largest number.
-inline uint16_t tamed_scale(float* block, float peak) {
-  for (int i = 0; i < kBlock; ++i) block[i] = peak != peak || block[i] < 0.0f ? 0.0f : fminf(block[i], FLT_MAX);
-  return peak != peak ? uint16_t(0x7fc0) : importance_scale(peak);
-}
-
 inline void store_block(float* block, float peak, const Kept& kept, int64_t begin, int numel) {
   switch (kept.format) {
     case kFloat32: memcpy(static_cast<float*>(kept.values) + begin, block, size_t(numel) * sizeof(float)); return;
@@ -216,7 +240,10 @@ inline void store_block(float* block, float peak, const Kept& kept, int64_t begi
     case kFloat16: return narrow_block<Float16>(block, kept, begin, numel);
     default: break;
   }
-  const uint16_t scale = is_finite(peak) ? importance_scale(peak) : tamed_scale(block, peak);
+  const uint16_t scale = importance_scale(peak);
+  if (!is_finite(peak)) {
+    for (int i = 0; i < kBlock; ++i) block[i] = tamed(block[i], peak);
+  }
   kept.scales[begin / kBlock] = scale;
   kept.format == kCodes4 ? encode_block<4>(block, scale, kept, begin) : encode_block<8>(block, scale, kept, begin);
 }
@@ -236,7 +263,7 @@ ALR_HOST_DEVICE float block_peak(const float* block) {
 }
 
 // Adds a block to what is gathered and stores it. `block`: [kBlock], 0 beyond `numel`; overwritten. `peak`: its largest.
-inline void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
+__attribute__((noinline)) void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
   const BlockUnit unit = block_unit(peak);
   BlockSum sum{}, square{};
   for (int i = 0; i < kBlock; i += kSumLanes) {
@@ -246,8 +273,8 @@ inline void emit_block(float* block, float peak, const Kept& kept, int64_t begin
       square.part[part] += x * x;
     }
   }
-  gathered.importance.add(sum, unit.unscale);
-  gathered.importance_sq.add(square, unit.unscale * unit.unscale);
+  gathered.importance.add(HalfSum(sum), unit.unscale);
+  gathered.importance_sq.add(HalfSum(square), unit.unscale * unit.unscale);
   gathered.importance_max = maximum(gathered.importance_max, double(peak));
   count_block(block, is_finite(peak) ? int(float_bits(peak) >> 24) & 127 : 127, gathered.counts);
   gathered.counts[0] -= uint32_t(kBlock - numel);

@@ -113,7 +113,12 @@ ALR_HOST_DEVICE constexpr float importance_unit(int bits) {
 }
 
 ALR_HOST_DEVICE uint16_t importance_scale(float peak) {
-  return uint16_t(to_bfloat16(peak > kBFloat16Max ? kBFloat16Max : peak));
+  return peak != peak ? uint16_t(0x7fc0) : uint16_t(to_bfloat16(peak > kBFloat16Max ? kBFloat16Max : peak));
+}
+
+// Codes are of finite numbers: NaN costs its block, infinity counts as the largest number.
+ALR_HOST_DEVICE float tamed(float importance, float peak) {
+  return peak != peak || importance < 0.0f ? 0.0f : fminf(importance, 3.40282347e+38f);
 }
 
 // t(c + 1) = ((c + 1/2) / top)^4: from there on the code is no longer c.

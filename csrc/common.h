@@ -37,8 +37,16 @@ struct Number<float> {
   // Towards zero. NaN gives a number whose low byte is 0: 0x80000000 on x86, 0 elsewhere.
   ALR_HOST_DEVICE static int32_t whole(float x) { return int32_t(x); }
   ALR_HOST_DEVICE static int32_t smaller(int32_t a, int32_t b) { return a < b ? a : b; }
+  ALR_HOST_DEVICE static float positive_part(float x) { return x > 0.0f ? x : 0.0f; }  // 0 of NaN
+  ALR_HOST_DEVICE static float negative_part(float x) { return x > 0.0f ? 0.0f : x; }  // NaN of NaN
   ALR_HOST_DEVICE static float square_root(float x) { return sqrtf(x); }
-  ALR_HOST_DEVICE static float rough_fourth_root(float x) { return sqrtf(sqrtf(x)); }
+  ALR_HOST_DEVICE static float rough_fourth_root(float x) {
+#if defined(__CUDA_ARCH__)
+    return rsqrtf(rsqrtf(x));
+#else
+    return sqrtf(sqrtf(x));
+#endif
+  }
 };
 
 template <typename F>

@@ -104,10 +104,6 @@ void reduced(const std::vector<Tensor>& tensors, const std::vector<Chunk>& chunk
   for (size_t i = 0; i < tensors.size(); ++i) write_statistics(statistics + i * kStatistics, sums[i], tensors[i].numel);
 }
 
-struct Sized {
-  int64_t numel;
-};
-
 }  // namespace
 
 const CpuKernels& cpu_kernels() { return *kCapabilities[current_capability().load(std::memory_order_relaxed)].kernels; }
@@ -192,12 +188,6 @@ void merge_cpu(const std::vector<MergeTensor>& tensors, const MergeRule& rule, d
   reduced(tensors, chunks_of(tensors), statistics, histograms, num_threads, [&](const Chunk& c, int64_t* counts) {
     return kernels.merge(tensors[c.tensor], rule, c.begin, c.end, counts);
   });
-}
-
-void decode_cpu(const Kept& importance, float* to, int64_t numel, int num_threads) {
-  const CpuKernels& kernels = cpu_kernels();
-  const std::vector<Chunk> chunks = chunks_of(std::vector<Sized>{{numel}});
-  for_chunks(chunks, num_threads, [&](size_t i) { kernels.decode(importance, to, chunks[i].begin, chunks[i].end); });
 }
 
 }  // namespace alr

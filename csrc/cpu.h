@@ -98,7 +98,6 @@ struct CpuKernels {
   // counts: [kBins], added to.
   Sums (*finalise)(const FinaliseTensor&, float floor, int64_t begin, int64_t end, int64_t* counts);
   Sums (*merge)(const MergeTensor&, const MergeRule&, int64_t begin, int64_t end, int64_t* counts);
-  void (*decode)(const Kept&, float* to, int64_t begin, int64_t end);
   void (*to_float)(const void* from, int dtype, float* to, int64_t numel);
   void (*from_float)(const float* from, void* to, int dtype, int64_t numel);
 };
@@ -113,7 +112,6 @@ struct CpuKernels {
   double move_sq_sum_range(const FinaliseTensor&, int64_t, int64_t);                                \
   Sums finalise_range(const FinaliseTensor&, float, int64_t, int64_t, int64_t*);                    \
   Sums merge_range(const MergeTensor&, const MergeRule&, int64_t, int64_t, int64_t*);               \
-  void decode_range(const Kept&, float*, int64_t, int64_t);                                         \
   void to_float_range(const void*, int, float*, int64_t);                                           \
   void from_float_range(const float*, void*, int, int64_t);                                         \
   constexpr CpuKernels kKernels{{step_range_fast, step_range_precise},                              \
@@ -121,7 +119,6 @@ struct CpuKernels {
                                 move_sq_sum_range,                                                  \
                                 finalise_range,                                                     \
                                 merge_range,                                                        \
-                                decode_range,                                                       \
                                 to_float_range,                                                     \
                                 from_float_range};                                                  \
   }
@@ -143,8 +140,6 @@ void finalise_cpu(const std::vector<FinaliseTensor>& tensors, double xi, bool re
                   int64_t* histograms, int num_threads);
 void merge_cpu(const std::vector<MergeTensor>& tensors, const MergeRule& rule, double* statistics,
                int64_t* histograms, int num_threads);
-// to: [numel].
-void decode_cpu(const Kept& importance, float* to, int64_t numel, int num_threads);
 
 const CpuKernels& cpu_kernels();
 std::string cpu_capability();

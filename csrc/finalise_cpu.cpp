@@ -8,8 +8,6 @@ namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
-constexpr int kTile = 4;  // blocks between whose steps there is nothing to wait for
-
 template <typename P>
 double move_sq_sum_loop(const FinaliseTensor& t, int64_t begin, int64_t end) {
   constexpr int kDoubles = 8;
@@ -35,8 +33,8 @@ void finalise_block_slowly(const float* omega, const P* param, const P* start, f
     const bool finite = is_finite(omega[i]) && is_finite(importance);
     to[i] = finite ? importance : 0.0f;
     g.nonfinite += finite ? 0.0 : 1.0;
-    g.path_integral.lane[i % kSumLanes] += finite ? double(omega[i]) : 0.0;
-    g.negative.lane[i % kSumLanes] += finite ? double(negative_part(omega[i])) : 0.0;
+    const double kept = finite ? double(omega[i]) : 0.0;
+    (kept < 0.0 ? g.negative : g.positive).lane[i % kHalf] += kept;
   }
 }
 
@@ -44,7 +42,7 @@ void finalise_block_slowly(const float* omega, const P* param, const P* start, f
 template <typename P>
 ALR_HOST_DEVICE float finalise_block(const float* omega, const P* param, const P* start, float floor, float* to,
                                     Gathered& g) {
-  BlockSum sum{}, negative{};
+  BlockSum positive{}, negative{};
   V peak{};
   for (int i = 0; i < kBlock; i += kSumLanes) {
     for (int part = 0; part < kParts; ++part) {
@@ -52,20 +50,20 @@ ALR_HOST_DEVICE float finalise_block(const float* omega, const P* param, const P
       const V path_integral = load_float(omega + at);
       const V importance = finalise(path_integral, move_sq(load_as<P>(param + at), load_as<P>(start + at)), floor);
       store_float(to + at, importance);
-      peak = larger(importance, peak);  // neither is NaN
-      sum.part[part] += path_integral;
-      negative.part[part] += negative_part(path_integral);
+      peak = larger(importance, peak);
+      positive.part[part] += Number<V>::positive_part(path_integral);
+      negative.part[part] += Number<V>::negative_part(path_integral);
     }
   }
-  bool finite = all_finite(peak);
-  for (int part = 0; part < kParts; ++part) finite &= all_finite(sum.part[part]) && all_finite(negative.part[part]);
-  if (!finite) {
+  const HalfSum gained(positive), lost(negative);
+  const float most = largest(peak);
+  if (!is_finite(most) || !both_finite(gained, lost)) {
     finalise_block_slowly(omega, param, start, floor, to, g);
     return block_peak(to);
   }
-  g.path_integral.add(sum, 1.0);
-  g.negative.add(negative, 1.0);
-  return largest(peak);
+  g.positive.add(gained, 1.0);
+  g.negative.add(lost, 1.0);
+  return most;
 }
 
 template <typename P>
@@ -78,21 +76,16 @@ void finalise_loop(const FinaliseTensor& t, float floor, int64_t begin, int64_t 
   const float* omega = t.path_integral;
   const P* param = static_cast<const P*>(t.param);
   const P* start = static_cast<const P*>(t.start);
-  alignas(64) float block[kTile][kBlock];
-  float peaks[kTile];
+  // A block is emitted after the next one is computed: the divisions of the one overlap with the rest of the other.
+  alignas(64) float block[2][kBlock];
+  float peaks[2];
+  int now = 0;
   int64_t i = begin;
-  while (i + kBlock <= end) {
-    const int64_t whole = (end - i) / kBlock;
-    const int blocks = int(whole < kTile ? whole : kTile);
-    for (int b = 0; b < blocks; ++b) {
-      const int64_t at = i + b * kBlock;
-      peaks[b] = finalise_block(omega + at, param + at, start + at, floor, block[b], gathered);
-    }
-    for (int b = 0; b < blocks; ++b) {
-      emit_block(block[b], peaks[b], t.importance, i + b * kBlock, int(kBlock), gathered);
-    }
-    i += blocks * kBlock;
+  for (; i + kBlock <= end; i += kBlock, now ^= 1) {
+    peaks[now] = finalise_block(omega + i, param + i, start + i, floor, block[now], gathered);
+    if (i > begin) emit_block(block[now ^ 1], peaks[now ^ 1], t.importance, i - kBlock, int(kBlock), gathered);
   }
+  if (i > begin) emit_block(block[now ^ 1], peaks[now ^ 1], t.importance, i - kBlock, int(kBlock), gathered);
   if (i == end) return;
   const int numel = int(end - i);
   float last_omega[kBlock];
@@ -142,10 +135,6 @@ Sums merge_range(const MergeTensor& t, const MergeRule& rule, int64_t begin, int
     emit_block(first, block_peak(first), t.importance, i, numel, gathered);
   }
   return finished(gathered, counts);
-}
-
-void decode_range(const Kept& importance, float* to, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; i += kBlock) load_block(importance, i, int(kBlock), to + i);
 }
 
 }  // namespace ALR_CPU_NAMESPACE

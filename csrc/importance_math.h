@@ -27,13 +27,8 @@ template <typename F>
 ALR_HOST_DEVICE F finalise(F path_integral, F move_sq, float floor) {
   // The denominator is 0 only where nothing moved and xi is relative: no scale, hence importance 0.
   const F denominator = move_sq + floor;
-  const F importance = denominator > 0.0f ? path_integral / denominator : F{};
-  return path_integral > 0.0f ? importance : F{};
-}
-
-template <typename F>
-ALR_HOST_DEVICE F negative_part(F path_integral) {
-  return path_integral < 0.0f ? path_integral : F{};
+  const F positive = Number<F>::positive_part(path_integral);
+  return denominator > 0.0f ? positive / denominator : F{};
 }
 
 // How two importances become one: a first + b second, or the larger; each product rounds by itself.

@@ -1,8 +1,5 @@
 // pybind11 module alr_kernels._C: raw pointers in, nothing of torch. Checks only what memory safety
 // needs; alr_kernels/_validate.py has the messages for users.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -11,94 +8,16 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "build_config.h"
+#include "chunk_index.h"
 #include "cpu.h"
 #if ALR_CUDA_BUILD
 #include "importance_cuda.h"
 #endif
 
-namespace py = pybind11;
-
 namespace alr {
 namespace {
-
-std::string sized(const char* op, const char* name, size_t expected, size_t got) {
-  return std::string(op) + ": expected " + name + " to hold " + std::to_string(expected) + " values, got " +
-         std::to_string(got);
-}
-
-// One list of addresses, read straight from the Python ints.
-class Pointers {
- public:
-  Pointers(const char* op, const char* name, const py::list& list, size_t expected) : op_(op), name_(name) {
-    if (list.size() != expected) throw std::invalid_argument(sized(op, name, expected, list.size()));
-    values_.reserve(expected);
-    for (size_t i = 0; i < expected; ++i) {
-      void* value = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), Py_ssize_t(i)));
-      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-      values_.push_back(value);
-    }
-  }
-
-  size_t size() const { return values_.size(); }
-
-  template <typename T>
-  T* at(size_t i, int64_t numel) const {
-    if (values_[i] == nullptr && numel > 0) {
-      throw std::invalid_argument(std::string(op_) + ": expected " + name_ + "[" + std::to_string(i) +
-                                  "] to be an address, got 0 for " + std::to_string(numel) + " elements");
-    }
-    return static_cast<T*>(values_[i]);
-  }
-
- private:
-  const char* op_;
-  const char* name_;
-  std::vector<void*> values_;
-};
-
-void check_size(const char* op, const char* name, size_t expected, size_t got) {
-  if (got != expected) throw std::invalid_argument(sized(op, name, expected, got));
-}
-
-void check_numels(const char* op, const std::vector<int64_t>& numels) {
-  for (int64_t numel : numels) {
-    if (numel < 0) {
-      throw std::invalid_argument(std::string(op) + ": expected numels of 0 or more, got " + std::to_string(numel));
-    }
-  }
-}
-
-void check_codes(const char* op, const char* name, const std::vector<int>& codes, int end) {
-  for (int code : codes) {
-    if (code < 0 || code >= end) {
-      throw std::invalid_argument(std::string(op) + ": expected " + name + " in [0, " + std::to_string(end) +
-                                  "), got " + std::to_string(code));
-    }
-  }
-}
-
-void check_threads(const char* op, int num_threads) {
-  if (num_threads < 1) {
-    throw std::invalid_argument(std::string(op) + ": expected num_threads of 1 or more, got " +
-                                std::to_string(num_threads));
-  }
-}
-
-template <typename T>
-T* address(const char* op, const char* name, uintptr_t value, bool needed) {
-  if (value == 0 && needed) throw std::invalid_argument(std::string(op) + ": expected " + name + " to be an address, got 0");
-  return reinterpret_cast<T*>(value);
-}
-
-void check_blocks(const char* op, const std::vector<int64_t>& numels) {
-  for (int64_t numel : numels) {
-    if (numel % kBlock) {
-      throw std::invalid_argument(std::string(op) + ": expected multiples of " + std::to_string(kBlock) +
-                                  " elements for codes, got " + std::to_string(numel));
-    }
-  }
-}
 
 // plan.StepScalars, then the gradient's scale and its clip.
 using ScalarRow = std::array<double, 10>;
@@ -207,20 +126,6 @@ std::vector<Kept> kept_list(const char* op, const char* name, const py::list& va
     kept.push_back({address, scale.at<uint16_t>(i, needed), formats[i]});
   }
   return kept;
-}
-
-void decode_importance_(uintptr_t codes, uintptr_t scales, uintptr_t importance, int64_t numel, int bits,
-                        int num_threads) {
-  const char* op = "decode_importance";
-  check_numels(op, {numel});
-  check_blocks(op, {numel});
-  if (bits != 8 && bits != 4) throw std::invalid_argument(std::string(op) + ": expected 8 or 4 bits, got " + std::to_string(bits));
-  check_threads(op, num_threads);
-  const Kept kept{address<void>(op, "codes", codes, numel > 0), address<uint16_t>(op, "scales", scales, numel > 0),
-                  bits == 4 ? kCodes4 : kCodes8};
-  float* to = address<float>(op, "importance", importance, numel > 0);
-  const py::gil_scoped_release release;
-  decode_cpu(kept, to, numel, num_threads);
 }
 
 std::vector<AccumulateTensor> accumulate_tensors(const char* op, const py::list& path_integrals,
@@ -344,20 +249,51 @@ void accumulate_cuda_list(const py::list& path_integrals, const py::list& grads,
   accumulate_cuda(tensors, maximize ? -1.0f : 1.0f, device, reinterpret_cast<void*>(stream));
 }
 
-void finalise_cuda_list(const py::list& path_integrals, const py::list& params, const py::list& starts,
-                        const py::list& importances, const std::vector<int64_t>& numels,
-                        const std::vector<int>& param_dtypes, double xi, bool relative, uintptr_t scratch,
-                        int64_t scratch_numel, uintptr_t statistics, int device, uintptr_t stream) {
-  const char* op = "finalise_cuda";
-  const auto tensors = finalise_tensors(op, path_integrals, params, starts, importances, numels, param_dtypes);
-  const int64_t needed = finalise_cuda_scratch(numels);
+CudaOutputs cuda_outputs(const char* op, const Outputs& out, const std::vector<int64_t>& numels, uintptr_t scratch,
+                         int64_t scratch_numel, int device, uintptr_t stream) {
+  const int64_t needed = importance_cuda_scratch(numels);
   if (scratch_numel < needed) throw std::invalid_argument(sized(op, "scratch", size_t(needed), size_t(scratch_numel)));
-  double* partials = address<double>(op, "scratch", scratch, needed > 0);
-  double* rows = address<double>(op, "statistics", statistics, !tensors.empty());
+  return {address<double>(op, "scratch", scratch, needed > 0),
+          address<double>(op, "statistics", out.statistics, !numels.empty()),
+          address<int64_t>(op, "histograms", out.histograms, !numels.empty()), device, reinterpret_cast<void*>(stream)};
+}
+
+void finalise_cuda_list(const py::list& path_integrals, const py::list& params, const py::list& starts,
+                        const std::vector<int64_t>& numels, const std::vector<int>& param_dtypes, double xi,
+                        bool relative, const OutputArguments& outputs, uintptr_t scratch, int64_t scratch_numel,
+                        int device, uintptr_t stream) {
+  const char* op = "finalise_cuda";
+  const Outputs out = outputs_of(outputs);
+  const auto tensors = finalise_tensors(op, path_integrals, params, starts, numels, param_dtypes, out);
+  const CudaOutputs to = cuda_outputs(op, out, numels, scratch, scratch_numel, device, stream);
   const py::gil_scoped_release release;
-  finalise_cuda(tensors, xi, relative, partials, rows, device, reinterpret_cast<void*>(stream));
+  finalise_cuda(tensors, xi, relative, to);
+}
+
+void merge_cuda_list(const SideArguments& first, const SideArguments& second, const std::vector<int64_t>& numels,
+                     const std::optional<std::pair<double, double>>& weights, const OutputArguments& outputs,
+                     uintptr_t scratch, int64_t scratch_numel, int device, uintptr_t stream) {
+  const char* op = "merge_cuda";
+  const Outputs out = outputs_of(outputs);
+  const auto tensors = merge_tensors(op, first, second, numels, out);
+  const CudaOutputs to = cuda_outputs(op, out, numels, scratch, scratch_numel, device, stream);
+  const MergeRule rule = merge_rule(weights);
+  const py::gil_scoped_release release;
+  merge_cuda(tensors, rule, to);
 }
 #endif
+
+// (tensor, element, elements, index of its scale, byte of its 8-bit and of its 4-bit code) of a CUDA thread, for tests.
+std::tuple<int, int64_t, int, int64_t, int64_t, int64_t> cuda_place(const std::vector<int64_t>& numels, int64_t chunk,
+                                                                    int round, int thread) {
+  std::vector<int64_t> first_chunks{0};
+  for (int64_t numel : numels) first_chunks.push_back(first_chunks.back() + cuda_chunks_of(numel));
+  if (chunk < 0 || chunk >= first_chunks.back()) throw std::invalid_argument("_cuda_place: no such chunk");
+  const ChunkPlace place = chunk_place(first_chunks.data(), numels.data(), chunk);
+  const int64_t begin = pack_begin(round, thread), element = place.begin + begin;
+  return {place.tensor, element, pack_numel(place.numel, begin), scale_index(element), code_byte(element, 8),
+          code_byte(element, 4)};
+}
 
 void to_float(uintptr_t from, int dtype, uintptr_t to, int64_t numel) {
   check_codes("_to_float", "dtype", {dtype}, kDTypes);
@@ -404,8 +340,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Torch-free native kernels: raw addresses, element counts and dtype codes (0 fp32, 1 bf16, 2 fp16).";
   m.def("step_", &alr::step_, "operands"_a, "numels"_a, "formats"_a, "curvature_scales"_a, "keys"_a, "scalars"_a,
         "scalar_indices"_a, "mode"_a, "precise"_a, "statistics"_a, "num_threads"_a);
-  m.def("decode_importance", &alr::decode_importance_, "codes"_a, "scales"_a, "importance"_a, "numel"_a, "bits"_a,
-        "num_threads"_a);
   m.def("accumulate_", &alr::accumulate_, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a, "numels"_a,
         "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "num_threads"_a);
   m.def("finalise", &alr::finalise_, "path_integrals"_a, "params"_a, "starts"_a, "numels"_a, "param_dtypes"_a, "xi"_a,
@@ -414,14 +348,16 @@ PYBIND11_MODULE(_C, m) {
 #if ALR_CUDA_BUILD
   m.def("accumulate_cuda", &alr::accumulate_cuda_list, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a,
         "numels"_a, "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "device"_a, "stream"_a);
-  m.def("finalise_cuda", &alr::finalise_cuda_list, "path_integrals"_a, "params"_a, "starts"_a, "importances"_a,
-        "numels"_a, "param_dtypes"_a, "xi"_a, "relative"_a, "scratch"_a, "scratch_numel"_a, "statistics"_a,
-        "device"_a, "stream"_a);
-  m.def("finalise_cuda_scratch", &alr::finalise_cuda_scratch, "numels"_a);
+  m.def("finalise_cuda", &alr::finalise_cuda_list, "path_integrals"_a, "params"_a, "starts"_a, "numels"_a,
+        "param_dtypes"_a, "xi"_a, "relative"_a, "outputs"_a, "scratch"_a, "scratch_numel"_a, "device"_a, "stream"_a);
+  m.def("merge_cuda", &alr::merge_cuda_list, "first"_a, "second"_a, "numels"_a, "weights"_a, "outputs"_a, "scratch"_a,
+        "scratch_numel"_a, "device"_a, "stream"_a);
+  m.def("importance_cuda_scratch", &alr::importance_cuda_scratch, "numels"_a);
 #endif
   m.def("build_info", &alr::build_info);
   m.def("cpu_capability", &alr::cpu_capability);
   m.def("set_cpu_capability", &alr::set_cpu_capability, "name"_a);
+  m.def("_cuda_place", &alr::cuda_place, "numels"_a, "chunk"_a, "round"_a, "thread"_a);
   m.def("_to_float", &alr::to_float, "from_address"_a, "dtype"_a, "to_address"_a, "numel"_a);
   m.def("_from_float", &alr::from_float, "from_address"_a, "to_address"_a, "dtype"_a, "numel"_a);
 }

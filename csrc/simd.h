@@ -66,6 +66,26 @@ struct Number<ALR_CPU_NAMESPACE::V> {
 #endif
   }
 
+  // One instruction each, which the compiler does not find; their second operand is what NaN gives.
+  ALR_HOST_DEVICE static V positive_part(V x) {
+#if defined(__AVX512F__)
+    return V(_mm512_max_ps(__m512(x), _mm512_setzero_ps()));
+#elif defined(__AVX2__)
+    return V(_mm256_max_ps(__m256(x), _mm256_setzero_ps()));
+#else
+    return x > 0.0f ? x : V{};
+#endif
+  }
+  ALR_HOST_DEVICE static V negative_part(V x) {
+#if defined(__AVX512F__)
+    return V(_mm512_min_ps(_mm512_setzero_ps(), __m512(x)));
+#elif defined(__AVX2__)
+    return V(_mm256_min_ps(_mm256_setzero_ps(), __m256(x)));
+#else
+    return x > 0.0f ? V{} : x;
+#endif
+  }
+
   // x^(1/4) to 6e-4, of 0 it is 0: for whoever corrects it, as what the instruction gives is the maker's choice.
   ALR_HOST_DEVICE static V rough_fourth_root(V x) {
 #if defined(__AVX512F__)

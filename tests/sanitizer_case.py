@@ -2,7 +2,8 @@
 
 import torch
 
-from alr_kernels import AlrAdamW, ImportanceRecorder
+from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
+from alr_kernels.codecs import native as codecs
 
 
 def main() -> None:
@@ -25,8 +26,23 @@ def main() -> None:
         recorder = ImportanceRecorder(sgd, ((f"w{i}", param) for i, param in enumerate(params)))
         sgd.step()
         recorder.finalise()
+        encoded(dtype)
     torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def encoded(dtype: torch.dtype) -> None:
+    """Finalise into every format and merge what comes out, whole blocks and a tail."""
+    formats = ["fp32", "bf16", "fp16", "int8", "int4"]
+    shapes = [(65, 128), (65, 128), (4099,), (65, 128), (129, 128)]
+    omega = [torch.randn(shape, device="cuda") for shape in shapes]
+    params = [torch.randn_like(w).to(dtype) for w in omega]
+    found, *_ = _ops.finalise(omega, params, [torch.zeros_like(p) for p in params], formats, 1e-3, relative=True)
+    again = [torch.zeros_like(x.values) for x in found]
+    for weights in ((0.5, 1.0), None):
+        _ops.merge(found, [x._replace(values=v) for x, v in zip(found, again, strict=True)], formats, weights)
+        _ops.merge(found, [None] * len(found), ["bf16", "int4", "fp32", "fp32", "int8"], weights)
+    codecs.decode_importance(*_ops.encode_importance(torch.rand(65, 128, device="cuda"), 4), 4)
 
 
 if __name__ == "__main__":

@@ -259,12 +259,43 @@ def test_launchers_refuse_other_sizes_and_dtypes():
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_cuda_kernels_neither_spill_nor_use_stack(tmp_path):
+@pytest.mark.parametrize(("stem", "kernels"), [("importance_cuda", 9), ("finalise_cuda", 3 * 5 + 5 + 3 + 2)])
+def test_cuda_kernels_neither_spill_nor_use_stack(tmp_path, stem, kernels):
     command = ["nvcc", "-O3", "--fmad=false", "-std=c++17", "-arch=sm_90", "-Xptxas", "-v", "-cubin"]
-    source = ROOT / "csrc" / "importance_cuda.cu"
+    source = ROOT / "csrc" / f"{stem}.cu"
     result = subprocess.run(
-        [*command, str(source), "-o", str(tmp_path / "importance.cubin")], capture_output=True, text=True, check=True
+        [*command, str(source), "-o", str(tmp_path / "kernels.cubin")], capture_output=True, text=True, check=True
     )
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert len(frames) >= 9 + 3 + 3 + 2
+    assert len(frames) == kernels
     assert set(frames) == {("0", "0", "0")}
+
+
+def expected_place(numels, chunk, pass_, thread):
+    """The same in Python's integers, counting chunks of 8 rounds of 256 threads with 8 elements each."""
+    for tensor, numel in enumerate(numels):
+        chunks = -(-numel // 16384)
+        if chunk < chunks:
+            element = chunk * 16384 + pass_ * 2048 + thread * 8
+            count = max(0, min(8, numel - element, 16384 - pass_ * 2048 - thread * 8))
+            return tensor, element, count, element // 128, element, element // 2
+        chunk -= chunks
+    raise AssertionError
+
+
+@pytest.mark.parametrize("numel", [1, 127, 2**31 - 128, 2**31 + 128, 2**32 + 5, 2**33 + 2**7, 2**40 + 77])
+def test_cuda_indices_are_of_64_bits(numel):
+    """No memory is touched: the functions that the kernels call say where a thread works."""
+    numels = [numel, 0, 300, numel]
+    chunks = -(-numel // 16384)
+    for chunk in sorted({0, chunks // 2, chunks - 1, chunks, chunks + 1, 2 * chunks}):
+        covered = 0
+        for pass_ in range(8):
+            for thread in (0, 1, 15, 16, 255):
+                place = _C._cuda_place(numels, chunk, pass_, thread)
+                assert place == expected_place(numels, chunk, pass_, thread)
+            covered += sum(_C._cuda_place(numels, chunk, pass_, thread)[2] for thread in range(256))
+        first = _C._cuda_place(numels, chunk, 0, 0)
+        assert covered == min(16384, numels[first[0]] - first[1])
+    with pytest.raises(ValueError, match="no such chunk"):
+        _C._cuda_place(numels, 2 * chunks + 1, 0, 0)

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
+from alr_kernels.codecs import native as codecs_native
+from alr_kernels.codecs import reference as codecs_reference
 from alr_kernels.importance import native as importance_native
 from alr_kernels.importance import reference as importance_reference
 
@@ -183,11 +185,14 @@ def test_matches_torch_fused_adamw() -> None:
     assert float(((ours - theirs).abs() / ulp).max()) <= 10
 
 
-@pytest.mark.parametrize("relative", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_importance_kernels_match_the_reference(dtype: torch.dtype, relative: bool) -> None:
+def _importance_kernels_are_there() -> None:
     if reason := importance_native.unavailable_reason("cuda"):
         pytest.fail(f"the CUDA part of the extension is missing: {reason}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_accumulate_matches_the_reference(dtype: torch.dtype) -> None:
+    _importance_kernels_are_there()
     generator = torch.Generator().manual_seed(1)
     params = [torch.randn(n, generator=generator).to("cuda", dtype) for n in SIZES]
     before = [(p.float() + 0.01 * torch.randn(p.shape, generator=generator).cuda()).to(dtype) for p in params]
@@ -198,21 +203,96 @@ def test_importance_kernels_match_the_reference(dtype: torch.dtype, relative: bo
         previous = [b.clone() for b in before]
         module.accumulate_(omega, grads, params, previous, maximize=True)
         assert all(torch.equal(a, b) for a, b in zip(previous, params, strict=True))
-        results.append((omega, *module.finalise(omega, params, before, 1e-3, relative=relative)))
-    for expected, got in zip(results[0][0], results[1][0], strict=True):
+        results.append(omega)
+    for expected, got in zip(*results, strict=True):
         assert torch.equal(expected, got)
-    for expected, got in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
-    torch.testing.assert_close(results[1][2], results[0][2], rtol=1e-10, atol=1e-300)
 
 
-def test_importance_is_the_same_in_two_runs() -> None:
-    torch.manual_seed(2)
-    omega, param, start = (torch.randn(3, 1_000_003, device="cuda")).unbind()
-    first = importance_native.finalise([omega], [param], [start], 1e-6)
-    second = importance_native.finalise([omega], [param], [start], 1e-6)
-    assert torch.equal(first[0][0], second[0][0])
-    assert torch.equal(first[1], second[1])
+KEPT = ("fp32", "bf16", "fp16", "int8", "int4")
+
+
+def _recording(dtype: torch.dtype) -> tuple[list[torch.Tensor], ...]:
+    """Return ω, θ and θ_start, on every shape once a format that it takes, and the formats; some ω are not finite."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [(n, kept) for n in SIZES for kept in KEPT[:3]] + [(shape, kept) for shape in MATRICES for kept in KEPT]
+    columns: tuple[list[torch.Tensor], ...] = ([], [], [])
+    for shape, _ in rows:
+        draws = torch.randn(4, *(shape if isinstance(shape, tuple) else (shape,)), generator=generator)
+        omega = draws[0] * torch.exp(3 * draws[1]) * 1e-14
+        if omega.numel() > 8:
+            omega.view(-1)[[2, 5, 7]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+        for column, values in zip(
+            columns, (omega, (draws[2] * 0.02).to(dtype), (draws[3] * 0.02).to(dtype)), strict=True
+        ):
+            column.append(values.cuda())
+    return (*columns, [kept for _, kept in rows])
+
+
+def _assert_same_importance(first, second, *, exactly: bool = True) -> None:
+    for i, (expected, got) in enumerate(zip(first[0], second[0], strict=True)):
+        assert expected.format == got.format
+        if exactly:
+            assert torch.equal(expected.values, got.values), f"tensor {i}, {got.format} {tuple(got.shape)}"
+            assert expected.scales is None or torch.equal(expected.scales, got.scales), f"scales of tensor {i}"
+    if exactly:
+        assert torch.equal(first[2], second[2]), "histograms"
+    torch.testing.assert_close(second[1][:, 1:], first[1][:, 1:], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_finalise_into_each_format_matches_the_reference(dtype: torch.dtype, relative: bool) -> None:
+    _importance_kernels_are_there()
+    omega, params, starts, formats = _recording(dtype)
+    expected, got, again = (
+        module.finalise(omega, params, starts, formats, 1e-3, relative=relative)
+        for module in (importance_reference, importance_native, importance_native)
+    )
+    _assert_same_importance(expected, got, exactly=not relative)  # the mean move is summed in another order
+    _assert_same_importance(got, again)
+    assert torch.equal(got[1], again[1]), "statistics of two runs"
+
+
+@pytest.mark.parametrize("weights", [(0.3, 1.7), None])
+def test_merge_matches_the_reference(weights: tuple[float, float] | None) -> None:
+    _importance_kernels_are_there()
+    generator = torch.Generator("cuda").manual_seed(5)
+    first, second, formats = [], [], []
+    for shape in (*MATRICES, (1_000_003,)):
+        kinds = KEPT if len(shape) > 1 else KEPT[:3]
+        for a in (*kinds, None):
+            for b in (*kinds, None):
+                for kept in kinds if a or b else ():
+                    x, y = torch.rand(2, *shape, device="cuda", generator=generator).pow(8)
+                    first.append(a and importance_reference.encoded(x, a))
+                    second.append(b and importance_reference.encoded(y, b))
+                    formats.append(kept)
+        expected, got, again = (
+            module.merge(first, second, formats, weights)
+            for module in (importance_reference, importance_native, importance_native)
+        )
+        _assert_same_importance(expected, got)
+        _assert_same_importance(got, again)
+        assert torch.equal(got[1], again[1])
+        first, second, formats = [], [], []
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_encode_and_decode_match_the_reference(bits: int) -> None:
+    """Every threshold and its neighbours too: the root that the GPU takes is another one."""
+    _importance_kernels_are_there()
+    edges = codecs_reference.thresholds(2**bits - 1)
+    values = torch.cat([edges, edges.nextafter(torch.tensor(0.0)), edges.nextafter(torch.tensor(9.0))])
+    blocks = [torch.cat([v, torch.zeros(127 - len(v)), torch.ones(1)]) for v in values.split(100)]
+    odd = torch.rand(4, 128)
+    odd[0, 3], odd[1, 100], odd[2], odd[3] = torch.nan, torch.inf, 0.0, 1e-40
+    importance = torch.cat([torch.stack(blocks), odd, torch.rand(4096, 128).pow(12)])
+    codes, scales = _ops.encode_importance(importance.cuda(), bits)
+    expected = codecs_reference.encode_importance(importance, bits)
+    assert torch.equal(codes.cpu(), expected[0])
+    assert torch.equal(scales.cpu().nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
+    decoded = codecs_native.decode_importance(codes, scales, bits).cpu()
+    assert torch.equal(decoded.nan_to_num(-1.0), codecs_reference.decode_importance(*expected, bits).nan_to_num(-1.0))
 
 
 def test_side_stream_is_respected() -> None:

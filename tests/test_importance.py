@@ -111,7 +111,9 @@ def test_native_is_the_reference_bit_for_bit(dtype, xi, relative):
         assert all(map(same_bits, found, wanted))
     for got, expected in zip(found, wanted, strict=True):
         assert torch.allclose(got, expected, rtol=3e-7, atol=0)
-    assert torch.allclose(stats, table, rtol=1e-6, atol=1e-12)
+    sizes = torch.stack([torch.where(t.isfinite(), t, 0.0).double().abs().sum() for t in data["path_integrals"]])
+    assert bool(((stats[:, 0] - table[:, 0]).abs() <= 1e-6 * sizes).all())  # a sum that cancels
+    assert torch.allclose(stats[:, 1:], table[:, 1:], rtol=1e-6, atol=1e-12)
     assert torch.equal(stats[:, -2:], table[:, -2:])
 
 

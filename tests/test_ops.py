@@ -87,36 +87,6 @@ def test_opcheck_importance(dtype):
     torch.library.opcheck(torch.ops.alr_kernels.finalise.default, (omega, params, starts, formats, 1e-3, True))
 
 
-@pytest.mark.parametrize("weights", [[0.5, 2.0], None], ids=str)
-def test_opcheck_importance_as_codes(weights):
-    columns = operands(F32, F32, shapes=((3, 256), (2, 128), (5,)))
-    omega, params, starts = (columns[name] for name in ("path_integrals", "params", "anchors"))
-    formats = ["int4", "int8", "fp32"]
-    lists = [[t.clone() for t in column] for column in (omega, params, starts)]
-    torch.library.opcheck(torch.ops.alr_kernels.finalise.default, (*lists, formats, 1e-3, False))
-    values, scales, *_ = torch.ops.alr_kernels.finalise(*lists, formats, 1e-3)
-    absent = (
-        [values[0], torch.empty(0), values[2].clone()],
-        [scales[0], torch.empty(0), scales[2]],
-        ["int4", "", "fp32"],
-    )
-    arguments = (values, scales, formats, *absent, ["bf16", "int4", "fp16"], weights)
-    torch.library.opcheck(torch.ops.alr_kernels.merge.default, arguments)
-
-
-def test_compiled_importance_calls_the_ops():
-    omega, params, starts = (torch.randn(3, 256) for _ in range(3))
-
-    def run(omega, params, starts):
-        found, stats, counts = _ops.finalise([omega], [params], [starts], ["int4"], 1e-3)
-        (both,), *_ = _ops.merge(found, [None], ["int8"], (2.0, 1.0))
-        return found[0].values, both.values, both.scales, stats, counts
-
-    torch._dynamo.reset()
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(omega, params, starts)
-    assert all(map(torch.equal, compiled, run(omega, params, starts)))
-
-
 def test_schemas_say_what_is_mutated():
     mutated = {
         op: [a.name for a in getattr(torch.ops.alr_kernels, op).default._schema.arguments if a.alias_info is not None]

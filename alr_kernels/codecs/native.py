@@ -49,33 +49,28 @@ def run(op: str, operands: tuple[Any, ...], numels: list[int], device: torch.dev
 
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (codes uint8, two to a byte for 4 bits; scales bf16 [..., n/128]) of float32, bf16 or fp16 Ω.
-
-    It is 1·Ω + 0·nothing of the op that merges; its statistics are dropped.
-    """
-    device, numels = importance.device, [importance.numel()]
-    given, found = Encoded.dense(importance.contiguous()), Encoded.empty(importance.shape, f"int{bits}", device)
-    dropped = torch.empty(7 + 64, dtype=torch.float64, device=device)
-    sides = (kept_addresses("importance", [given], numels), kept_addresses("nothing", [None], numels))
-    outputs = (*kept_addresses("codes", [found], numels), dropped.data_ptr(), dropped[7:].data_ptr())
-    run("merge", (*sides, numels, (1.0, 0.0), outputs), numels, device)
+    """Return (codes uint8, two to a byte for 4 bits; scales bf16 [..., n/128]) of float32, bf16 or fp16 Ω."""
+    found = _again(Encoded.dense(importance.contiguous()), f"int{bits}")
     return found.values, found.scales
 
 
 @torch.no_grad()
 def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Return Ω as float32, shaped as it was encoded; ``codes`` and ``scales`` contiguous."""
-    codes, scales = codes.contiguous(), scales.contiguous()
-    importance = torch.empty(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
-    if scales.numel() * BLOCK != importance.numel() or scales.dtype is not torch.bfloat16:
-        expected = importance.numel() // BLOCK
-        raise ValueError(f"scales: expected {expected} bfloat16 numbers, got {scales.numel()} of {scales.dtype}")
-    _C.decode_importance(
-        codes.data_ptr(),
-        scales.data_ptr(),
-        importance.data_ptr(),
-        importance.numel(),
-        bits,
-        torch.get_num_threads(),
-    )
-    return importance
+    """Return Ω as float32, shaped as it was encoded."""
+    scales = scales.contiguous()
+    given = Encoded(codes.contiguous(), scales, f"int{bits}")
+    if scales.numel() * BLOCK != given.numel or scales.dtype is not torch.bfloat16:
+        expected = f"{given.numel // BLOCK} bfloat16 numbers"
+        raise ValueError(f"scales: expected {expected}, got {scales.numel()} of {scales.dtype}")
+    return _again(given, "fp32").values
+
+
+def _again(importance: Encoded, kept: str) -> Encoded:
+    """Return it in another format: 1·Ω + 0·nothing by the op that merges, whose statistics are dropped."""
+    device, numels = importance.values.device, [importance.numel]
+    found = Encoded.empty(importance.shape, kept, device)
+    dropped = torch.empty(7 + 64, dtype=torch.float64, device=device)
+    sides = (kept_addresses("importance", [importance], numels), kept_addresses("nothing", [None], numels))
+    outputs = (*kept_addresses("result", [found], numels), dropped.data_ptr(), dropped[7:].data_ptr())
+    run("merge", (*sides, numels, (1.0, 0.0), outputs), numels, device)
+    return found
