@@ -116,9 +116,17 @@ def _step_flat(*args: Any, backend: str = "auto") -> None:
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (codes, scales) of Ω; see ``codecs/reference.py``."""
-    if not importance_backends(importance.device.type, importance.dtype)["native"]:
-        return codecs_native.encode_importance(importance, bits)
-    return codecs_reference.encode_importance(importance, bits)
+    return _codec(importance.device, importance.dtype).encode_importance(importance, bits)
+
+
+@torch.no_grad()
+def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Return Ω as float32; see ``codecs/reference.py``."""
+    return _codec(codes.device, torch.float32).decode_importance(codes, scales, bits)
+
+
+def _codec(device: torch.device, dtype: torch.dtype) -> Any:
+    return codecs_reference if importance_backends(device.type, dtype)["native"] else codecs_native
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import BLOCK, decode_importance
+from .reference import BLOCK
 from .storage import CODES, DTYPES, NAMES
 
 
@@ -42,9 +42,11 @@ class Encoded(NamedTuple):
 
     def decoded(self) -> Tensor:
         """Return Ω: the floats themselves, or float32 decoded from codes (a new tensor)."""
+        from .. import _ops
+
         if self.scales is None:
             return self.values
-        return decode_importance(self.values, self.scales, CODES[self.format])
+        return _ops.decode_importance(self.values, self.scales, CODES[self.format])
 
     def to(self, device: torch.device | str) -> Encoded:
         """Return it on another device."""

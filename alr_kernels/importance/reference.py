@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..codecs.encoded import Encoded
-from ..codecs.reference import encode_importance
+from ..codecs.reference import decode_importance, encode_importance
 from ..codecs.storage import CODES, DTYPES
 from .statistics import BINS, STATISTICS, histogram, statistics
 
@@ -82,9 +82,10 @@ def merge(
     """Return a·Ω_a + b·Ω_b, or without weights max(Ω_a, Ω_b), in the given formats; None counts as 0."""
     importances, rows, counts = [], [], []
     for a, b, kept in zip(first, second, formats, strict=True):
-        like = (a or b).decoded()  # type: ignore[union-attr]
+        pair = [None if x is None else decoded(x) for x in (a, b)]
+        like = next(x for x in pair if x is not None)
         compute = torch.promote_types(like.dtype, torch.float32)
-        wide = [torch.zeros_like(like, dtype=compute) if x is None else x.decoded().to(compute) for x in (a, b)]
+        wide = [torch.zeros_like(like, dtype=compute) if x is None else x.to(compute) for x in pair]
         importance = torch.maximum(*wide) if weights is None else wide[0] * weights[0] + wide[1] * weights[1]
         importances.append(encoded(importance, kept))
         rows.append(statistics(None, importance))
@@ -98,6 +99,13 @@ def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: fl
     for delta, x in zip(deltas, inputs, strict=True):
         grad = delta.to(importance.dtype).T @ x.to(importance.dtype)  # of one sample's loss
         importance.add_(grad.square() if power == 2 else grad.abs(), alpha=scale)
+
+
+def decoded(importance: Encoded) -> Tensor:
+    """Return Ω as floats."""
+    if importance.scales is None:
+        return importance.values
+    return decode_importance(importance.values, importance.scales, CODES[importance.format])
 
 
 def encoded(importance: Tensor, kept: str) -> Encoded:
