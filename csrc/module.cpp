@@ -17,6 +17,9 @@
 namespace py = pybind11;
 
 namespace alr {
+
+void bind_fisher(py::module_& m);  // fisher_module.cpp
+
 namespace {
 
 std::string sized(const char* op, const char* name, size_t expected, size_t got) {
@@ -362,6 +365,7 @@ PYBIND11_MODULE(_C, m) {
         "device"_a, "stream"_a);
   m.def("finalise_cuda_scratch", &alr::finalise_cuda_scratch, "numels"_a);
 #endif
+  alr::bind_fisher(m);
   m.def("build_info", &alr::build_info);
   m.def("cpu_capability", &alr::cpu_capability);
   m.def("set_cpu_capability", &alr::set_cpu_capability, "name"_a);
