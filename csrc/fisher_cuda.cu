@@ -14,7 +14,8 @@ constexpr int kQuad = 4;       // floats of one 16-byte access
 constexpr int kPerThread = 8;  // rows, and columns, of a thread: two quads, half a tile apart
 constexpr int64_t kManyTiles = 128;  // from here on large tiles still give every multiprocessor work
 
-constexpr int threads_of(int tile) { return (tile / kPerThread) * (tile / kPerThread); }
+template <int kTile>
+constexpr int kThreads = (kTile / kPerThread) * (kTile / kPerThread);
 
 __device__ __forceinline__ float raised(float x, Term term) {
   return term == kSquare ? x * x : term == kMagnitude ? fabsf(x) : x;
@@ -25,14 +26,14 @@ template <typename T, int kTile>
 struct Carried {
   static constexpr int kPack = 16 / sizeof(T);
   static constexpr int kPacksPerRow = kTile / kPack;
-  static constexpr int kPacks = kDepth * kPacksPerRow / threads_of(kTile);
+  static constexpr int kPacks = kDepth * kPacksPerRow / kThreads<kTile>;
   uint4 words[kPacks];
 
   // from: the stage's first token at the tile's first column; `left` tokens and `width` columns exist.
   __device__ __forceinline__ void read(const T* from, int64_t stride, int64_t left, int64_t width, bool vector) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int index = p * threads_of(kTile) + threadIdx.x;
+      const int index = p * kThreads<kTile> + threadIdx.x;
       const int token = index / kPacksPerRow, column = index % kPacksPerRow * kPack;
       words[p] = make_uint4(0, 0, 0, 0);
       if (token >= left || column >= width) continue;
@@ -53,7 +54,7 @@ struct Carried {
   __device__ __forceinline__ void write(float (*to)[kTile], Term term) const {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int index = p * threads_of(kTile) + threadIdx.x;
+      const int index = p * kThreads<kTile> + threadIdx.x;
       const int token = index / kPacksPerRow, column = index % kPacksPerRow * kPack;
       T values[kPack];
       memcpy(values, &words[p], sizeof(values));
@@ -81,7 +82,7 @@ __device__ __forceinline__ void read_fragment(const float* row, int lane, float 
 }
 
 template <typename T, int kTile>
-__global__ void __launch_bounds__(threads_of(kTile))
+__global__ void __launch_bounds__(kThreads<kTile>)
 fisher_kernel(const __grid_constant__ FisherTensor t,  // importance fp32 mutated; deltas T; inputs T
               const __grid_constant__ FisherPlan plan,
               int64_t column_tiles,
@@ -183,7 +184,7 @@ void launch(const FisherTensor& t, cudaStream_t stream) {
   const int64_t column_tiles = tiles_of(t.columns, kTile);
   const unsigned blocks = unsigned(tiles_of(t.rows, kTile) * column_tiles);
   fisher_kernel<T, kTile>
-      <<<blocks, threads_of(kTile), 0, stream>>>(t, fisher_plan(t), column_tiles, aligned(t, sizeof(T)));
+      <<<blocks, kThreads<kTile>, 0, stream>>>(t, fisher_plan(t), column_tiles, aligned(t, sizeof(T)));
 }
 
 template <typename T>
