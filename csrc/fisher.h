@@ -46,9 +46,10 @@ struct FisherTile {
   int64_t columns;
 };
 
-// One copy an instruction set; scratch: [fisher_scratch(...)] floats, aligned to 64 bytes.
+// One copy an instruction set; tiles begin at multiples of fisher_row_step() rows; scratch: [fisher_scratch(...)] floats, aligned to 64 bytes.
 #define ALR_DECLARE_FISHER(NAMESPACE)                                                       \
   namespace NAMESPACE {                                                                     \
+  int64_t fisher_row_step();                                                                \
   int64_t fisher_scratch(int64_t rows, int64_t columns);                                    \
   void fisher_linear_tile(const FisherTensor&, const FisherPlan&, const FisherTile&, float* scratch); \
   }

@@ -8,9 +8,10 @@ namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
-// A micro-tile of kRows x (kVectors * kLanes) sums stays in registers: 24 of AVX-512's 32, 12 of 16 elsewhere.
+// A micro-tile of kRows x (kVectors * kLanes) sums stays in registers. With AVX-512 16 of 32: enough to hide the
+// latency, and 8 rows divide what layers have.
 #if defined(__AVX512F__)
-constexpr int kRows = 12;
+constexpr int kRows = 8;
 #else
 constexpr int kRows = 6;
 #endif
@@ -58,7 +59,7 @@ ALR_HOST_DEVICE void multiply(const float* deltas, const float* inputs, int64_t 
     V x[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) x[j] = load_float(inputs + t * kColumns + j * kLanes);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const V delta = splat(deltas[t * kRows + i]);
 #pragma GCC unroll 2
@@ -86,7 +87,7 @@ struct Target {
 template <Term kTerm>
 void micro(const float* deltas, const float* inputs, int64_t tokens, const Part& part, const Target& target) {
   Sums sums;
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
@@ -97,7 +98,7 @@ void micro(const float* deltas, const float* inputs, int64_t tokens, const Part&
   const bool whole = target.rows == kRows && target.columns == kColumns;
   if (part.last && whole) {
     const V scale = splat(target.scale);
-#pragma GCC unroll 12
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
@@ -107,7 +108,7 @@ void micro(const float* deltas, const float* inputs, int64_t tokens, const Part&
     }
     return;
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) store_float(part.kept + i * kColumns + j * kLanes, sums.at[i][j]);
@@ -164,6 +165,8 @@ void tile_of(const FisherTensor& t, const FisherPlan& plan, const FisherTile& ti
 }
 
 }  // namespace
+
+int64_t fisher_row_step() { return kRows; }
 
 int64_t fisher_scratch(int64_t rows, int64_t columns) {
   const int64_t padded_rows = panels(rows, kRows) * kRows, padded_columns = panels(columns, kColumns) * kColumns;

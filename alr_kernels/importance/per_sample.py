@@ -55,8 +55,19 @@ class Layer:
 
     name: str
     module: nn.Module
-    rule: Callable[[Layer, Tensor, Tensor, int], Iterator[tuple[Weight, Part]]]
+    rule: Callable[[Layer, Capture, Tensor, int], Iterator[tuple[Weight, Part]]]
     weights: dict[str, Weight]  # by their names in the module
+    proportional: bool | None = None  # a norm: whether its output is w · x̂, so that x̂ is the output over w
+
+
+@dataclass
+class Capture:
+    """Input and output of one call of a layer, until the output's gradient is there."""
+
+    x: Tensor
+    y: Tensor
+    x_version: int
+    y_version: int
 
 
 def _as_tokens(tensor: Tensor, samples: int) -> Tensor:
@@ -68,46 +79,59 @@ def _bias(layer: Layer, delta: Tensor) -> Iterator[tuple[Weight, Part]]:
         yield bias, Part("vector", delta.sum(1, dtype=bias.importance.dtype))
 
 
-def _linear(layer: Layer, x: Tensor, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
+def _linear(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
     delta = _as_tokens(delta, samples)
     if weight := layer.weights.get("weight"):
-        yield weight, Part("linear", delta, _as_tokens(x, samples))
+        yield weight, Part("linear", delta, _as_tokens(seen.x, samples))
     yield from _bias(layer, delta)
 
 
-def _conv1d(layer: Layer, x: Tensor, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
+def _conv1d(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
     delta = _as_tokens(delta, samples)
     if weight := layer.weights.get("weight"):  # lies transposed: [in, out]
-        yield weight, Part("linear", _as_tokens(x, samples), delta)
+        yield weight, Part("linear", _as_tokens(seen.x, samples), delta)
     yield from _bias(layer, delta)
 
 
-def _embedding(layer: Layer, x: Tensor, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
-    delta, rows = _as_tokens(delta, samples), x.reshape(samples, -1)
+def _embedding(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
+    delta, rows = _as_tokens(delta, samples), seen.x.reshape(samples, -1)
     if (padding := getattr(layer.module, "padding_idx", None)) is not None:
         delta = delta.masked_fill((rows == padding)[..., None], 0.0)
     yield layer.weights["weight"], Part("rows", delta, rows)
 
 
-def _norm(layer: Layer, x: Tensor, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
+def _norm(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
     if weight := layer.weights.get("weight"):
-        grads = (delta * _normalised(layer.module, x)).reshape(samples, -1, delta.shape[-1])
+        grads = (delta * _normalised(layer, seen)).reshape(samples, -1, delta.shape[-1])
         yield weight, Part("vector", grads.sum(1, dtype=weight.importance.dtype))
     yield from _bias(layer, _as_tokens(delta, samples))
 
 
-def _normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """Return x̂ of a module that is affine in its weight, w · x̂ + b or (1 + w) · x̂, as f(1) − f(0)."""
+def _normalised(layer: Layer, seen: Capture) -> Tensor:
+    """Return x̂ of a module that is affine in its weight, w · x̂ + b or (1 + w) · x̂, as f(1) − f(0).
+
+    Where the output turns out to be w · x̂ and no w is near zero, it is divided by w from then on: a third of the work.
+    """
+    module, x = layer.module, seen.x
     if type(module).forward is nn.LayerNorm.forward:
         return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     parameters, kept = module._parameters, dict(module._parameters)
+    weight = kept["weight"]
+    assert weight is not None
+    if layer.proportional and seen.y._version == seen.y_version:
+        return seen.y / weight.detach()
     try:
-        parameters["weight"] = torch.ones_like(kept["weight"])
-        at_one = module.forward(x)
-        parameters["weight"] = torch.zeros_like(kept["weight"])
-        return at_one - module.forward(x)
+        parameters["weight"] = nn.Parameter(torch.ones_like(weight), requires_grad=False)
+        normalised = module.forward(x)
+        parameters["weight"] = nn.Parameter(torch.zeros_like(weight), requires_grad=False)
+        normalised = normalised - module.forward(x)
     finally:
         parameters.update(kept)
+    if layer.proportional is None:
+        large = bool((weight.abs() > 1e-3 * weight.abs().max()).all())
+        apart = (seen.y - weight * normalised).abs().max()
+        layer.proportional = large and bool(apart <= 4 * torch.finfo(seen.y.dtype).eps * seen.y.abs().max())
+    return normalised
 
 
 def _rule_of(module: nn.Module) -> tuple[Any, dict[str, str]] | None:
@@ -190,7 +214,7 @@ class PerSample:
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        trainable = [param for param in self.model.parameters() if param.requires_grad]
+        trainable = [param for param in self._weights if param.requires_grad]
         hooks = []
         try:
             for layer in self._layers:
@@ -229,16 +253,16 @@ class PerSample:
             )
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a copy: the model may write to it
-        version = x._version
         self.narrow |= output.dtype in (torch.bfloat16, torch.float16)
-        output.register_hook(lambda delta: self._arrived(layer, x, version, delta))
+        seen = [Capture(x.detach(), output.detach(), x._version, output._version)]
+        output.register_hook(lambda delta: self._arrived(layer, seen.pop(), delta))  # popped, because the hook stays
         return output
 
     @torch.no_grad()
-    def _arrived(self, layer: Layer, x: Tensor, version: int, delta: Tensor) -> None:
-        if x._version != version:
+    def _arrived(self, layer: Layer, seen: Capture, delta: Tensor) -> None:
+        if seen.x._version != seen.x_version:
             raise NotBatchable(f"the input of layer {layer.name!r} is overwritten after the layer has read it")
-        for weight, part in layer.rule(layer, x, delta, self._samples):
+        for weight, part in layer.rule(layer, seen, delta, self._samples):
             if weight.calls == 1:
                 self._finish(weight, [part])
             else:

@@ -75,8 +75,9 @@ def sweep(
 
 def _nonfinite(sums: Mapping[str, Tensor]) -> dict[str, int]:
     """Return name → number of elements that are NaN or inf, of tensors that have any; one look at the device."""
-    totals = torch.stack([tensor.sum().double().cpu() for tensor in sums.values()])
-    if bool(torch.isfinite(totals).all()):
+    home = next(iter(sums.values()))
+    total = torch.stack([tensor.sum().to(home) for tensor in sums.values()]).sum()
+    if bool(torch.isfinite(total)):
         return {}
     counts = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in sums.items()}
     return {name: count for name, count in counts.items() if count}
