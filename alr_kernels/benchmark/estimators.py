@@ -36,7 +36,7 @@ def plain_loop(model: torch.nn.Module, batches: list[dict[str, torch.Tensor]]) -
     return {name: total / samples for name, total in sums.items()}
 
 
-def compare(samples: int, tokens: int, *, count: int = 8, rounds: int = 5) -> dict[str, Any]:
+def compare(samples: int, tokens: int, *, count: int = 16, rounds: int = 3) -> dict[str, Any]:
     """Time both ways on the demo's LLaMA (about 0.8 M parameters), in turn, and say how far apart they are.
 
     Returns:

@@ -101,25 +101,27 @@ def _embedding(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iter
 
 
 def _norm(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[tuple[Weight, Part]]:
+    """The module is affine in its weight: w · x̂ + b or (1 + w) · x̂, so that x̂ = f(1) − f(0).
+
+    Where the output turns out to be w · x̂ and no w is near zero, Σ_t δ · x̂ = Σ_t δ · y / w from then on.
+    """
     if weight := layer.weights.get("weight"):
-        grads = (delta * _normalised(layer, seen)).reshape(samples, -1, delta.shape[-1])
-        yield weight, Part("vector", grads.sum(1, dtype=weight.importance.dtype))
+        divided = bool(layer.proportional) and seen.y._version == seen.y_version
+        x = seen.y if divided else _normalised(layer, seen)
+        grads = delta.to(weight.importance.dtype) * x
+        grads = grads.reshape(samples, -1, delta.shape[-1]).sum(1)
+        yield weight, Part("vector", grads / layer.module.weight.detach() if divided else grads)
     yield from _bias(layer, _as_tokens(delta, samples))
 
 
 def _normalised(layer: Layer, seen: Capture) -> Tensor:
-    """Return x̂ of a module that is affine in its weight, w · x̂ + b or (1 + w) · x̂, as f(1) − f(0).
-
-    Where the output turns out to be w · x̂ and no w is near zero, it is divided by w from then on: a third of the work.
-    """
+    """Return x̂, and find out whether the output is proportional to it."""
     module, x = layer.module, seen.x
     if type(module).forward is nn.LayerNorm.forward:
         return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
     parameters, kept = module._parameters, dict(module._parameters)
     weight = kept["weight"]
     assert weight is not None
-    if layer.proportional and seen.y._version == seen.y_version:
-        return seen.y / weight.detach()
     try:
         parameters["weight"] = nn.Parameter(torch.ones_like(weight), requires_grad=False)
         normalised = module.forward(x)
