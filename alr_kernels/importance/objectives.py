@@ -101,7 +101,8 @@ class UserLoss:
 
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
         values = _checks.numbers("loss", self._loss(model, batch))
-        _checks.one_a_sample("loss", values.reshape(-1), 1)
+        if values.dim():
+            _checks.one_a_sample("loss", values, 1)
         return values.reshape(())
 
 

@@ -45,6 +45,7 @@ class Weight:
     name: str
     importance: Tensor
     kinds: set[str] = field(default_factory=set)
+    owner: str = ""  # a class of module without a rule that holds it
     calls: int = 0
     waiting: list[Part] = field(default_factory=list)
 
@@ -97,6 +98,8 @@ def _embedding(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iter
     delta, rows = _as_tokens(delta, samples), seen.x.reshape(samples, -1)
     if (padding := getattr(layer.module, "padding_idx", None)) is not None:
         delta = delta.masked_fill((rows == padding)[..., None], 0.0)
+    if (scale := getattr(layer.module, "embed_scale", None)) is not None:  # Gemma, BART: the rows times a constant
+        delta = delta * scale
     yield layer.weights["weight"], Part("rows", delta, rows)
 
 
@@ -143,8 +146,10 @@ def _rule_of(module: nn.Module) -> tuple[Any, dict[str, str]] | None:
     forward = type(module).forward
     if forward is nn.Linear.forward:
         return _linear, {"weight": "linear", "bias": "vector"}
-    if forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
-        return _embedding, {"weight": "rows"}
+    if isinstance(module, nn.Embedding) and module.max_norm is None and not module.scale_grad_by_freq:
+        if forward is nn.Embedding.forward or hasattr(module, "embed_scale"):
+            return _embedding, {"weight": "rows"}
+        return None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers
         return _conv1d, {"weight": "transposed", "bias": "vector"}
     weight = module._parameters.get("weight")
@@ -177,6 +182,8 @@ class PerSample:
                 self._weights[param] = Weight(name, importance[name])
         self._layers = [layer for name, module in model.named_modules() if (layer := self._layer(name, module))]
         for weight in self._weights.values():
+            if not weight.kinds:
+                raise NotBatchable(f"there is no per-sample rule for {weight.name!r} of {weight.owner}")
             if len(weight.kinds) > 1 and weight.kinds != {"linear", "rows"}:
                 raise NotBatchable(f"parameter {weight.name!r} is shared by layers of different kinds")
 
@@ -186,9 +193,9 @@ class PerSample:
             return None
         known = _rule_of(module)
         if known is None or not owned.keys() <= known[1].keys():
-            raise NotBatchable(
-                f"there is no per-sample rule for {type(module).__name__} ({name or 'the model itself'})"
-            )
+            for param in owned.values():  # right only if a layer with a rule shares them all
+                self._weights[param].owner = type(module).__name__
+            return None
         for key, param in owned.items():
             self._weights[param].kinds.add(known[1][key])
         return Layer(name, module, known[0], {key: self._weights[p] for key, p in owned.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import warnings
@@ -86,15 +87,15 @@ def _nonfinite(sums: Mapping[str, Tensor]) -> dict[str, int]:
 @contextmanager
 def _interrupts_between_batches(active: bool) -> Iterator[None]:
     """Hold back the first Ctrl-C until the batch is whole, so that nothing is lost; the second one acts at once."""
-    if not active or threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGINT)
+    if not active or not callable(before) or threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed = False
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         nonlocal pressed
-        if pressed or not callable(before):
+        if pressed:
             raise KeyboardInterrupt
         pressed = True
 
@@ -167,13 +168,22 @@ class SampleStep:
 
     def __call__(self, index: int, batch: Batch, samples: int, started: Callable[[], None]) -> None:
         """Add a batch."""
+        writing = False
+
+        def begin() -> None:
+            nonlocal writing
+            writing = True
+            started()
+
         if self._batched is not None:
             try:
                 if self._partial.checked < min(samples, 2):
                     self._compare(index, batch, min(samples, 2))
-                self._add_batch(self._batched, index, batch, samples, started)
+                self._add_batch(self._batched, index, batch, samples, begin)
                 return
             except NotBatchable as reason:
+                if writing:  # never seen: what shows in the backward pass shows in the comparison
+                    raise RuntimeError(f"batch {index}: {reason}, unlike in the batches before.") from reason
                 self._one_by_one(reason)
         self._add_samples(index, batch, samples, self._partial.sums, 1.0, started)
 
@@ -238,6 +248,8 @@ class SampleStep:
         finally:
             for name, tensor in sums.items():
                 tensor.copy_(kept[name]) if kept else tensor.zero_()
+        if not all(map(math.isfinite, errors.values())):
+            return  # allowed, and nothing to compare: the next batch tells
         narrow = batched.narrow or any(
             param.dtype in (torch.bfloat16, torch.float16) for param in self._params.values()
         )
