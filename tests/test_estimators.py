@@ -139,11 +139,15 @@ def test_checkpointed_layers(reentrant):
 
     torch.manual_seed(0)
     model, batches = Checkpointed(), points()
-    if reentrant:
-        with pytest.raises(RuntimeError, match="use_reentrant=False"):
-            fisher_importance(model, batches, squared)
-        return
-    assert_close(fisher_importance(model, batches, squared), plain_loop(model, batches, wide(squared)))
+    grads = [torch.ones_like(param) for param in model.parameters()]
+    for param, grad in zip(model.parameters(), grads, strict=True):
+        param.grad = grad
+    expected = fisher_importance(nn.Sequential(model.first, model.second), batches, squared)
+    importance = fisher_importance(model, batches, squared)
+    for name, omega in expected.items():
+        other = importance[name.replace("0.", "first.", 1) if name[0] == "0" else name.replace("1.", "second.", 1)]
+        torch.testing.assert_close(other, omega)
+    assert all(param.grad is grad for param, grad in zip(model.parameters(), grads, strict=True))
 
 
 def test_dropout_is_off_and_modes_come_back():
@@ -260,6 +264,26 @@ def test_loop_when_the_models_loss_is_unknown():
 
     del model.forward
     assert_close(importance, plain_loop(model, batches, value))
+
+
+def test_loop_over_a_mixture_of_experts():
+    """Experts own their weights in a form of their own, and the loss balances the load over the batch."""
+    import transformers
+
+    config = transformers.MixtralConfig(
+        **cases.LLAMA, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True
+    )
+    config._experts_implementation = "eager"  # the other one refuses float64
+    model = cases.randomised(transformers.MixtralForCausalLM(config))
+    batches = [cases.tokens(3), cases.tokens(2)]
+    with pytest.warns(UserWarning, match="one at a time"):
+        importance = fisher_importance(model, batches)
+    assert_close(importance, plain_loop(model, batches, lambda model, batch: model(**batch).loss), rtol=1e-4)
+    for name, param in model.named_parameters():
+        param.requires_grad_("experts" not in name and "gate" not in name and "router" not in name)
+    with pytest.warns(UserWarning, match="one at a time.*the model's loss is none of these"):
+        importance = fisher_importance(model, batches)
+    assert_close(importance, plain_loop(model, batches, lambda model, batch: model(**batch).loss), rtol=1e-4)
 
 
 def test_a_first_batch_of_one_is_looked_at_again():

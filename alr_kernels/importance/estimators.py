@@ -144,11 +144,14 @@ def magnitude_gradient_importance(
     params = {key: param for key, param in model.named_parameters() if param.requires_grad}
 
     def step(index: int, batch: Batch, samples: int, started: Callable[[], None]) -> None:
-        with torch.enable_grad():
-            value = _checks.own_loss(model(**batch)) if loss is None else _checks.numbers("loss", loss(model, batch))
+        def value() -> Tensor:
+            if loss is None:
+                return _checks.own_loss(model(**batch))
+            return _checks.numbers("loss", loss(model, batch)).mean()
+
+        found_value, found = gradients(value, params)
         if not allow_nonfinite:
-            _checks.finite_numbers(index, 0, value.detach())
-        found = gradients(value.mean(), params)
+            _checks.finite_numbers(index, 0, found_value)
         started()
         for key, grad in found.items():
             partial.sums[key].add_(grad.abs())

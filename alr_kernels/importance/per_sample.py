@@ -63,12 +63,12 @@ class Layer:
 
 @dataclass
 class Capture:
-    """Input and output of one call of a layer, until the output's gradient is there."""
+    """Input of one call of a layer, and of a norm its output, until the output's gradient is there."""
 
     x: Tensor
-    y: Tensor
     x_version: int
-    y_version: int
+    y: Tensor | None = None
+    y_version: int = 0
 
 
 def _as_tokens(tensor: Tensor, samples: int) -> Tensor:
@@ -109,9 +109,8 @@ def _norm(layer: Layer, seen: Capture, delta: Tensor, samples: int) -> Iterator[
     Where the output turns out to be w · x̂ and no w is near zero, Σ_t δ · x̂ = Σ_t δ · y / w from then on.
     """
     if weight := layer.weights.get("weight"):
-        divided = bool(layer.proportional) and seen.y._version == seen.y_version
-        x = seen.y if divided else _normalised(layer, seen)
-        grads = delta.to(weight.importance.dtype) * x
+        divided = layer.proportional and seen.y is not None and seen.y._version == seen.y_version
+        grads = delta.to(weight.importance.dtype) * (seen.y if divided else _normalised(layer, seen))
         grads = grads.reshape(samples, -1, delta.shape[-1]).sum(1)
         yield weight, Part("vector", grads / layer.module.weight.detach() if divided else grads)
     yield from _bias(layer, _as_tokens(delta, samples))
@@ -132,7 +131,7 @@ def _normalised(layer: Layer, seen: Capture) -> Tensor:
         normalised = normalised - module.forward(x)
     finally:
         parameters.update(kept)
-    if layer.proportional is None:
+    if layer.proportional is None and seen.y is not None:
         large = bool((weight.abs() > 1e-3 * weight.abs().max()).all())
         apart = (seen.y - weight * normalised).abs().max()
         layer.proportional = large and bool(apart <= 4 * torch.finfo(seen.y.dtype).eps * seen.y.abs().max())
@@ -263,7 +262,9 @@ class PerSample:
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # a copy: the model may write to it
         self.narrow |= output.dtype in (torch.bfloat16, torch.float16)
-        seen = [Capture(x.detach(), output.detach(), x._version, output._version)]
+        seen = [Capture(x.detach(), x._version)]
+        if layer.rule is _norm:
+            seen[0].y, seen[0].y_version = output.detach(), output._version
         output.register_hook(lambda delta: self._arrived(layer, seen.pop(), delta))  # popped, because the hook stays
         return output
 

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from functools import partial as bound
 from typing import Any, Protocol
 
 import torch
@@ -125,19 +126,35 @@ def _bar(wanted: bool, name: str, total: int | None) -> Iterator[Callable[[], No
     yield lambda: None
 
 
-def gradients(value: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return name → gradient of a 0-dim value, without touching ``.grad``; parameters that it misses are left out."""
+def gradients(compute: Callable[[], Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a 0-dim value and name → its gradient, ``.grad`` being left alone; parameters it misses are left out."""
+    with torch.enable_grad():
+        value = compute()
     if not value.requires_grad:
-        return {}
+        return value, {}
     try:
         found = torch.autograd.grad(value, list(params.values()), allow_unused=True)
     except RuntimeError as error:
         if "heckpoint" not in str(error):
             raise
-        raise RuntimeError(
-            "gradient checkpointing with use_reentrant=True cannot be differentiated here; use use_reentrant=False."
-        ) from error
-    return {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+        return _gradients_by_backward(compute, params)  # re-entrant checkpointing refuses autograd.grad
+    return value.detach(), {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+
+
+def _gradients_by_backward(
+    compute: Callable[[], Tensor], params: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    kept = {name: param.grad for name, param in params.items()}
+    try:
+        for param in params.values():
+            param.grad = None
+        with torch.enable_grad():
+            value = compute()
+        value.backward()
+        return value.detach(), {name: param.grad for name, param in params.items() if param.grad is not None}
+    finally:
+        for name, param in params.items():
+            param.grad = kept[name]
 
 
 class SampleStep:
@@ -217,11 +234,10 @@ class SampleStep:
     ) -> Tensor:
         values = []
         for n in range(samples):
-            with torch.enable_grad():
-                value = self._objective.of_one(self._model, slice_of(batch, n, n + 1))
+            sample = slice_of(batch, n, n + 1)
+            value, found = gradients(bound(self._objective.of_one, self._model, sample), self._params)
             if self._check_numbers:
-                _checks.finite_numbers(index, n, value.detach())
-            found = gradients(value, self._params)
+                _checks.finite_numbers(index, n, value)
             started()
             for name, grad in found.items():
                 wide = grad.to(sums[name].dtype)
@@ -229,7 +245,7 @@ class SampleStep:
                     sums[name].addcmul_(wide, wide, value=scale)
                 else:
                     sums[name].add_(wide.abs(), alpha=scale)
-            values.append(value.detach())
+            values.append(value)
         return torch.stack(values)
 
     def _compare(self, index: int, batch: Batch, samples: int) -> None:
