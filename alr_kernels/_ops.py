@@ -14,6 +14,7 @@ import torch
 from . import _validate
 from .codecs import native as codecs_native
 from .codecs import reference as codecs_reference
+from .importance import _checks
 from .importance import fisher as importance_fisher
 from .importance import native as importance_native
 from .importance import reference as importance_reference
@@ -215,7 +216,7 @@ def _by_backend(params: Sequence[Tensor]) -> list[tuple[list[int], str]]:
 
 @torch.no_grad()
 def _fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
-    _validate.fisher_operands(importance, deltas, inputs, power)
+    _checks.fisher_operands(importance, deltas, inputs, power)
     found = importance_backends(importance.device.type, importance.dtype)["native"]
     if found or torch.float64 in (deltas.dtype, inputs.dtype):
         importance_reference.fisher_linear_(importance, deltas, inputs, scale, power)

@@ -440,24 +440,3 @@ def importance_path(path: str | PathLike[str]) -> Path:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"importance file: there is no folder {str(target.parent)!r}; create it first.")
     return target
-
-
-def fisher_operands(importance: Tensor, deltas: Tensor, inputs: Tensor, power: int) -> None:
-    if power not in (1, 2):
-        raise ValueError(f"power: expected 2 (Fisher) or 1 (MAS), got {power!r}")
-    shapes = [tuple(tensor.shape) for tensor in (importance, deltas, inputs)]
-    fits = [len(shape) for shape in shapes] == [2, 3, 3] and shapes[1][:2] == shapes[2][:2]
-    if not fits or shapes[0] != (shapes[1][2], shapes[2][2]):
-        raise ValueError(
-            "fisher_linear_: expected importance [rows, columns], deltas [n, t, rows] and inputs [n, t, columns], "
-            f"got {shapes[0]}, {shapes[1]} and {shapes[2]}"
-        )
-    wide = importance.dtype in (torch.float32, torch.float64)
-    if not wide or not {deltas.dtype, inputs.dtype} <= set(FLOAT_DTYPES):
-        raise TypeError(
-            "fisher_linear_: expected importance in float32 or float64, deltas and inputs in a floating-point dtype, "
-            f"got {importance.dtype}, {deltas.dtype} and {inputs.dtype}"
-        )
-    devices = {str(tensor.device) for tensor in (importance, deltas, inputs)}
-    if len(devices) > 1:
-        raise ValueError(f"fisher_linear_: expected tensors on one device, got {listed(devices)}")
