@@ -38,7 +38,8 @@ def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _causal(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
         return None
-    return _token_losses(logits[:, :-1], labels[:, 1:])
+    # Labels move, not logits: slicing those would copy them.
+    return _token_losses(logits, nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED))
 
 
 def _per_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -282,17 +282,15 @@ class PerSample:
     def _finish(self, weight: Weight, parts: list[Part]) -> None:
         """Add Σ_n |Σ_parts g_n|^power to Ω."""
         omega = weight.importance
-        by_kind = {kind: [part for part in parts if part.kind == kind] for kind in {part.kind for part in parts}}
-        if "vector" in by_kind:
-            grads = sum(part.deltas for part in parts)
+        if parts[0].kind == "vector":
+            grads = parts[0].deltas if len(parts) == 1 else sum(part.deltas for part in parts)
             omega.add_(self._raised(grads).sum(0).view_as(omega))
             return
-        linear = rows = None
-        if "linear" in by_kind:
-            linear = _joined(by_kind["linear"])
+        linear = _joined([part for part in parts if part.kind == "linear"])
+        if linear is not None:
             _ops.fisher_linear_(omega, *linear, 1.0, self.power)
-        if "rows" in by_kind:
-            rows = _joined(by_kind["rows"])
+        rows = _joined([part for part in parts if part.kind == "rows"])
+        if rows is not None:
             self._add_rows(omega, *rows, linear)
 
     def _add_rows(self, omega: Tensor, deltas: Tensor, rows: Tensor, linear: tuple[Tensor, Tensor] | None) -> None:
@@ -321,9 +319,9 @@ class PerSample:
         return grads.square() if self.power == 2 else grads.abs()
 
 
-def _joined(parts: list[Part]) -> tuple[Tensor, Tensor]:
+def _joined(parts: list[Part]) -> tuple[Tensor, Any] | None:
     """Return δ and x of several uses of a weight as those of one use with more tokens."""
-    if len(parts) == 1:
-        return parts[0].deltas, parts[0].inputs
-    deltas, inputs = [part.deltas for part in parts], [part.inputs for part in parts]
-    return torch.cat(deltas, 1), torch.cat(inputs, 1)
+    if len(parts) < 2:
+        return (parts[0].deltas, parts[0].inputs) if parts else None
+    inputs: list[Any] = [part.inputs for part in parts]
+    return torch.cat([part.deltas for part in parts], 1), torch.cat(inputs, 1)
