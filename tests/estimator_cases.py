@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 
 VOCABULARY = 19
+SIZES = (3, 1, 4)  # of the batches: odd, one sample, another
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA = COMMON | {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -153,6 +154,10 @@ CASES = {
 }
 
 
+def batches_of(case, sizes=SIZES):
+    return [case.batch(size) for size in sizes]
+
+
 def frozen(model, *words):
     for name, param in model.named_parameters():
         if any(word in name for word in words):
@@ -206,3 +211,39 @@ def assert_close(got, expected, *, rtol=1e-5, elementwise=1e-3, power=2):
         large = value > 0.01 * value.max()
         relative = (error / value)[large].max()
         assert float(relative) <= elementwise, f"{name}: element-wise {relative:.3g}"
+
+
+# ---------------------------------------------------------------- a network of points, with a loss of the user's
+
+
+def mlp():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
+
+
+def squared(model, batch):
+    """One number a sample."""
+    return (model(batch["x"]) - batch["y"]).square().sum(1)
+
+
+def points(sizes=SIZES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {"x": torch.randn(size, 5, generator=generator), "y": torch.randn(size, 3, generator=generator)}
+        for size in sizes
+    ]
+
+
+def wide(loss):
+    return lambda model, batch: loss(model, {key: value.double() for key, value in batch.items()}).sum()
+
+
+class Scale(nn.Module):
+    """A kind of layer without a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((5,), 1.5))
+
+    def forward(self, x):
+        return x * self.scale

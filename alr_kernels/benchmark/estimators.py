@@ -11,7 +11,7 @@ from ..demo.models import VOCABULARY, build_model
 from ..importance import fisher_importance
 from .timing import Step, in_rounds
 
-SHAPES = ((16, 128), (16, 16))  # samples a batch, tokens a sample
+SHAPES = ((16, 128, 16), (16, 16, 32))  # samples a batch, tokens a sample, batches
 
 
 def token_batches(samples: int, tokens: int, count: int) -> list[dict[str, torch.Tensor]]:
@@ -40,8 +40,9 @@ def compare(samples: int, tokens: int, *, count: int = 16, rounds: int = 3) -> d
     """Time both ways on the demo's LLaMA (about 0.8 M parameters), in turn, and say how far apart they are.
 
     Returns:
-        seconds of each way over ``count`` batches (medians of ``rounds``), of one forward and backward pass a batch
-        alone, the ratio of the first two, and the largest difference relative to each tensor's maximum.
+        seconds of each way over ``count`` batches (medians of ``rounds``; the comparison with which an estimate begins
+        takes as long as a batch or two and is in them), of one forward and backward pass a batch alone, the ratio of
+        the first two, and the largest difference relative to each tensor's maximum.
     """
     model = build_model("llama", 0, context=128).eval()
     batches = token_batches(samples, tokens, count)
@@ -76,4 +77,4 @@ def compare(samples: int, tokens: int, *, count: int = 16, rounds: int = 3) -> d
 
 def results() -> dict[str, dict[str, Any]]:
     """Return :func:`compare` for every shape, by ``"samples x tokens"``."""
-    return {f"{samples} x {tokens}": compare(samples, tokens) for samples, tokens in SHAPES}
+    return {f"{samples} x {tokens}": compare(samples, tokens, count=count) for samples, tokens, count in SHAPES}
