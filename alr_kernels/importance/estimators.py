@@ -35,7 +35,8 @@ def fisher_importance(
 
     The gradient of each sample alone is squared, never that of a batch. A batch takes one forward and one backward
     pass; Linear, Embedding, LayerNorm, RMSNorm and Conv1D layers (shared and tied ones too) give Σ_n g_n² from their
-    inputs and output gradients, exactly. Models with trainable parameters elsewhere, or whose samples interact, are
+    inputs and output gradients, exactly. Before anything counts, the first two samples are taken both together and
+    alone by plain autograd, and compared. Models with trainable parameters elsewhere, or whose samples interact, are
     taken one sample at a time, with a warning that says why. The model is run in evaluation mode; its parameters,
     gradients and modes are left as they are.
 

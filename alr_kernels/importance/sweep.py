@@ -264,20 +264,21 @@ class SampleStep:
         finally:
             for name, tensor in sums.items():
                 tensor.copy_(kept[name]) if kept else tensor.zero_()
-        if not all(map(math.isfinite, errors.values())):
-            return  # allowed, and nothing to compare: the next batch tells
+        largest = max(sizes.values(), default=0.0)
+        if not all(map(math.isfinite, errors.values())) or not largest:
+            return  # nothing to compare by: the next batch tells
         narrow = batched.narrow or any(
             param.dtype in (torch.bfloat16, torch.float16) for param in self._params.values()
         )
         tolerance, epsilon = (0.2, 2.0**-8) if narrow else (1e-3, 2.0**-23)
-        loss_error = ((one_by_one - together).abs() / one_by_one.abs().clamp(min=1e-6)).max()
-        if bool(loss_error > tolerance / 4):
+        loss_error = float((one_by_one - together).abs().max() / one_by_one.abs().max().clamp(min=1e-6))
+        if loss_error > tolerance / 4:
             raise NotBatchable(
                 "samples of a batch do not have the losses that they have alone: they interact, or the loss of one "
                 "sample is not its part of the batch's"
             )
         # A gradient that is zero but for rounding differs freely: measured by the largest of all.
-        floor = (8 * epsilon) ** self._power * max(sizes.values(), default=0.0)
+        floor = (8 * epsilon) ** self._power * largest
         for name, error in errors.items():
             if not error <= tolerance * sizes[name] + floor:
                 raise NotBatchable(f"per-sample gradients of {name!r} differ from those of each sample alone")
