@@ -216,6 +216,20 @@ def test_loop_when_the_loss_gives_one_number():
     assert_close(importance, plain_loop(model, batches, wide(squared)))
 
 
+def test_loop_when_the_batched_pass_fails():
+    """A loss that differentiates by weights itself: they need no gradient while a batch runs."""
+    model, batches = mlp(), points((3, 2))
+
+    def loss(model, batch):
+        values = squared(model, batch)
+        (slope,) = torch.autograd.grad(values.sum(), model[0].weight, create_graph=True)
+        return values + slope.square().sum()
+
+    with pytest.warns(UserWarning, match="all at once they fail with 'One of the differentiated"):
+        importance = fisher_importance(model, batches, loss)
+    assert_close(importance, plain_loop(model, batches, wide(loss)))
+
+
 def test_loop_when_the_models_loss_is_unknown():
     case = CASES["llama"]
     model, batches = case.build(), batches_of(case)

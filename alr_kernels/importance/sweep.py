@@ -259,7 +259,12 @@ class SampleStep:
         try:
             one_by_one = self._add_samples(index, few, samples, sums, -1.0, lambda: None)
             sizes = {name: _largest(tensor) for name, tensor in sums.items()}
-            together = self._add_batch(batched, index, few, samples, lambda: None)
+            try:
+                together = self._add_batch(batched, index, few, samples, lambda: None)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as failure:  # one by one it works: what fails is that weights need no gradient here
+                raise NotBatchable(f"all at once they fail with {str(failure).splitlines()[0]!r}") from failure
             errors = {name: _largest(tensor) for name, tensor in sums.items()}
         finally:
             for name, tensor in sums.items():
