@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent
 # Contraction off and no fast maths: every backend repeats the reference bit for bit.
 CXX_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
 CXX_FLAGS += ["-fvisibility=hidden", "-fPIC", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--fmad=false", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "2"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-cudart", "static", "-Xcompiler", "-fPIC", "--threads", "2"]
 
 # Each instruction set gets its own copy of the loops; csrc/cpu.cpp chooses when it runs.
 CAPABILITIES = {"default": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
@@ -37,7 +37,9 @@ CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-ma
 CAPABILITY_SOURCES = ["finalise_cpu.cpp", "importance_cpu.cpp"]
 STEP_SOURCE = "step_cpu.cpp"  # once more with contraction into fused multiply-adds, for precise=False
 STEP_VARIANTS = {"precise": ["-DALR_PRECISE=1"], "fast": ["-DALR_PRECISE=0", "-ffp-contract=fast"]}
-CUDA_SOURCES = ["importance_cuda.cu", "finalise_cuda.cu"]
+CONTRACTED_SOURCES = ["fisher_cpu.cpp"]  # a matrix product: held to a tolerance, not to bits
+CUDA_SOURCES = ["importance_cuda.cu", "finalise_cuda.cu", "fisher_cuda.cu"]
+CONTRACTED_CUDA_SOURCES = {"fisher_cuda.cu"}
 CUDA_ARCHITECTURES = ["75", "80", "90", "100", "120"]  # cubins; PTX of the newest for what comes after
 
 
@@ -260,22 +262,27 @@ class NinjaBuildExt(build_ext):
                 for stem in CAPABILITY_SOURCES:
                     own = [*flags, *instructions, f"-DALR_CPU_NAMESPACE=cpu_{name}"]
                     file.add("cxx", f"{stem}.{name}.o", [source / stem], own)
+                for stem in CONTRACTED_SOURCES:
+                    file.add("cxx", f"{stem}.{name}.o", [source / stem], [*own, "-ffp-contract=fast"])
                 for variant, extra in STEP_VARIANTS.items():
                     file.add("cxx", f"{STEP_SOURCE}.{name}.{variant}.o", [source / STEP_SOURCE], [*own, *extra])
-        file.add("cxx", "cpu.cpp.o", [source / "cpu.cpp"], flags)
+        for stem in ("cpu.cpp", "fisher.cpp"):
+            file.add("cxx", f"{stem}.o", [source / stem], flags)
         includes = [
             f"-I{build / 'include'}",
             "-isystem", str(copied_pybind11(build)),
             "-isystem", python_headers(),
         ]  # fmt: skip
-        file.add("cxx", "module.cpp.o", [source / "module.cpp"], [*flags, *includes])
+        for stem in ("module.cpp", "fisher_module.cpp"):
+            file.add("cxx", f"{stem}.o", [source / stem], [*flags, *includes])
         if cuda.nvcc:
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda.architectures]
             newest = cuda.architectures[-1]
             targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
             own = [*NVCC_FLAGS, *targets, *shlex.split(os.environ.get("NVCCFLAGS", ""))]
             for stem in CUDA_SOURCES:
-                file.add("nvcc", f"{stem}.o", [source / stem], own)
+                contraction = "--fmad=true" if stem in CONTRACTED_CUDA_SOURCES else "--fmad=false"
+                file.add("nvcc", f"{stem}.o", [source / stem], [*own, contraction])
         file.add("link", target, file.objects, self._link_flags(openmp, cuda))
         write_if_changed(build / "build.ninja", file.text())
 

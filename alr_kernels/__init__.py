@@ -16,7 +16,14 @@ from ._version import __version__
 if TYPE_CHECKING:
     from ._ops import BackendUnavailableError
     from .coefficients import DynamicCoeffs, LayerCoefficients, layer_coefficients
-    from .importance import Importance, ImportanceFileError, ImportanceRecorder
+    from .importance import (
+        Importance,
+        ImportanceFileError,
+        ImportanceRecorder,
+        fisher_importance,
+        magnitude_gradient_importance,
+        mas_importance,
+    )
     from .optim import AlrAdamW
 
 _HOME = {
@@ -27,7 +34,10 @@ _HOME = {
     "ImportanceFileError": "importance",
     "ImportanceRecorder": "importance",
     "LayerCoefficients": "coefficients",
+    "fisher_importance": "importance",
     "layer_coefficients": "coefficients",
+    "magnitude_gradient_importance": "importance",
+    "mas_importance": "importance",
 }
 
 __all__ = [
@@ -39,7 +49,10 @@ __all__ = [
     "ImportanceRecorder",
     "LayerCoefficients",
     "__version__",
+    "fisher_importance",
     "layer_coefficients",
+    "magnitude_gradient_importance",
+    "mas_importance",
 ]
 
 

@@ -17,6 +17,8 @@ from .codecs import native as codecs_native
 from .codecs import reference as codecs_reference
 from .codecs.encoded import Encoded
 from .codecs.storage import CODES
+from .importance import _checks
+from .importance import fisher as importance_fisher
 from .importance import native as importance_native
 from .importance import reference as importance_reference
 from .importance.flat import Flat, fake_outputs, flattened, unflattened
@@ -232,6 +234,22 @@ def _merge_flat(*args: Any) -> Flat:
     return flattened(_merge_eager(unflattened(*args[:3]), unflattened(*args[3:6]), formats, weights and tuple(weights)))
 
 
+@torch.no_grad()
+def _fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
+    _checks.fisher_operands(importance, deltas, inputs, power)
+    found = importance_backends(importance.device.type, importance.dtype)["native"]
+    if found or torch.float64 in (deltas.dtype, inputs.dtype):
+        importance_reference.fisher_linear_(importance, deltas, inputs, scale, power)
+        return
+    if deltas.dtype != inputs.dtype:  # as under autocast, where a module's input is wider than what it computes in
+        deltas, inputs = deltas.float(), inputs.float()
+    dense = importance.contiguous()
+    deltas, inputs = (tensor.resolve_neg().contiguous() for tensor in (deltas, inputs))
+    importance_fisher.fisher_linear_(dense, deltas, inputs, scale, power)
+    if dense is not importance:
+        importance.copy_(dense)
+
+
 _LIBRARY = torch.library.Library("alr_kernels", "DEF")
 _LIBRARY.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -254,10 +272,12 @@ _LIBRARY.define(
     "str[] second_formats, str[] formats, float[]? weights) "
     "-> (Tensor[] values, Tensor[] scales, Tensor statistics, Tensor histograms)"
 )
+_LIBRARY.define("fisher_linear_(Tensor(a!) importance, Tensor deltas, Tensor inputs, float scale, int power=2) -> ()")
 _LIBRARY.impl("step_", _step_flat, "CompositeExplicitAutograd")
 _LIBRARY.impl("accumulate_", _accumulate_eager, "CompositeExplicitAutograd")
 _LIBRARY.impl("finalise", _finalise_flat, "CompositeExplicitAutograd")
 _LIBRARY.impl("merge", _merge_flat, "CompositeExplicitAutograd")
+_LIBRARY.impl("fisher_linear_", _fisher_linear_eager, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("alr_kernels::step_", lib=_LIBRARY)
@@ -267,6 +287,11 @@ def _step_fake(*_: Any, **__: Any) -> None:
 
 @torch.library.register_fake("alr_kernels::accumulate_", lib=_LIBRARY)
 def _accumulate_fake(*_: Any, **__: Any) -> None:
+    return None
+
+
+@torch.library.register_fake("alr_kernels::fisher_linear_", lib=_LIBRARY)
+def _fisher_linear_fake(*_: Any, **__: Any) -> None:
     return None
 
 
@@ -397,6 +422,39 @@ def merge(
         values, scales, *rest = torch.ops.alr_kernels.merge(*flat, formats, weights)
         return unflattened(values, scales, formats), *rest
     return _merge_eager(first, second, formats, weights)
+
+
+def fisher_linear_(*args: Any, **kwargs: Any) -> None:
+    """Add scale · Σ_n |δ_nᵀ x_n|^power to Ω of a linear layer, in place, without per-sample gradients in memory.
+
+    Args:
+        importance: [rows, columns] float32 (float64 through the reference): Ω, mutated.
+        deltas: [n, t, rows] float32, bfloat16, float16: gradient of each sample's loss by the layer's output.
+        inputs: [n, t, columns] the same dtypes: the layer's input.
+        scale: factor of the whole sum. power: 2 for the Fisher information, 1 for MAS.
+
+    Raises:
+        ValueError: shapes, devices or power that do not fit.
+
+    Source: Kirkpatrick et al. 2017 (EWC), diagonal of the empirical Fisher; Aljundi et al. 2018 (MAS).
+
+    >>> omega = torch.zeros(1, 2)
+    >>> fisher_linear_(omega, torch.tensor([[[1.0]], [[2.0]]]), torch.tensor([[[1.0, 0.0]], [[1.0, 3.0]]]), 0.5)
+    >>> omega
+    tensor([[ 2.5000, 18.0000]])
+    """
+    if torch.compiler.is_compiling():
+        torch.ops.alr_kernels.fisher_linear_(*args, **kwargs)
+    else:
+        _fisher_linear_eager(*args, **kwargs)
+
+
+def add_rows_(target: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Add values [k, d] to rows [k] of target [m, d], repeated rows in their order on every device."""
+    if target.device.type == "cpu":
+        target.index_add_(0, rows, values)  # one row after the other
+    else:
+        target.index_put_((rows,), values, accumulate=True)  # sorts; index_add_ would add atomically, in any order
 
 
 def doctor_table(device_type: str) -> dict[str, dict[str, str]]:

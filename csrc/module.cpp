@@ -17,6 +17,9 @@
 #endif
 
 namespace alr {
+
+void bind_fisher(py::module_& m);  // fisher_module.cpp
+
 namespace {
 
 // plan.StepScalars, then the gradient's scale and its clip.
@@ -354,6 +357,7 @@ PYBIND11_MODULE(_C, m) {
         "scratch_numel"_a, "device"_a, "stream"_a);
   m.def("importance_cuda_scratch", &alr::importance_cuda_scratch, "numels"_a);
 #endif
+  alr::bind_fisher(m);
   m.def("build_info", &alr::build_info);
   m.def("cpu_capability", &alr::cpu_capability);
   m.def("set_cpu_capability", &alr::set_cpu_capability, "name"_a);

@@ -22,6 +22,10 @@ def main() -> None:
         AlrAdamW(
             [matrix], [torch.ones_like(matrix, dtype=torch.float32)], master=master, max_grad_norm=1.0, **few
         ).step()
+        for samples, tokens, rows, columns in ((3, 7, 13, 17), (2, 33, 72, 136), (9, 1, 1536, 1544)):
+            deltas = torch.randn(samples, tokens, rows, device="cuda").to(dtype)
+            inputs = torch.randn(samples, tokens, columns, device="cuda").to(dtype)
+            _ops.fisher_linear_(torch.zeros(rows, columns, device="cuda"), deltas, inputs, 1.0)
         sgd = torch.optim.SGD(params, lr=0.1)
         recorder = ImportanceRecorder(sgd, ((f"w{i}", param) for i, param in enumerate(params)))
         sgd.step()

@@ -295,6 +295,64 @@ def test_encode_and_decode_match_the_reference(bits: int) -> None:
     assert torch.equal(decoded.nan_to_num(-1.0), codecs_reference.decode_importance(*expected, bits).nan_to_num(-1.0))
 
 
+FISHER_SHAPES = (
+    (3, 7, 13, 17),  # nothing aligned
+    (3, 40, 64, 128),
+    (129, 1, 72, 136),  # one token a sample
+    (2, 33, 257, 1000),
+    (2, 17, 1536, 1544),  # enough for the large tile
+)
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", FISHER_SHAPES, ids=str)
+def test_fisher_kernel_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, power: int) -> None:
+    if reason := importance_native.unavailable_reason("cuda"):
+        pytest.fail(f"the CUDA part of the extension is missing: {reason}")
+    samples, tokens, rows, columns = shape
+    generator = torch.Generator().manual_seed(5)
+    deltas = torch.randn(samples, tokens, rows, generator=generator).to("cuda", dtype)
+    inputs = torch.randn(samples, tokens, columns, generator=generator).to("cuda", dtype)
+    start = torch.rand(rows, columns, generator=generator).cuda()
+    expected, size = start.double(), torch.zeros(rows, columns, dtype=torch.float64, device="cuda")
+    for delta, x in zip(deltas.double(), inputs.double(), strict=True):
+        expected += 0.25 * (delta.T @ x).abs().pow(power)
+        size += 0.25 * (delta.abs().T @ x.abs()).pow(power)
+    results = []
+    for _ in range(2):
+        results.append(start.clone())
+        _ops.fisher_linear_(results[-1], deltas, inputs, 0.25, power)
+    assert bool(((results[0].double() - expected).abs() <= 4e-6 * (1 + size)).all())
+    assert torch.equal(results[0], results[1])
+
+
+def test_fisher_kernel_takes_operands_off_alignment() -> None:
+    memory = torch.randn(3, 64 * 64 + 1, device="cuda")
+    importance, deltas, inputs = (row[1:].abs().view(64, 64) for row in memory)
+    expected = importance.double() + (
+        deltas.view(4, 16, 64).double().mT @ inputs.view(4, 16, 64).double()
+    ).square().sum(0)
+    shifted = [torch.empty(64 * 64 + 1, device="cuda")[1:].view(64, 64).copy_(t) for t in (importance, deltas, inputs)]
+    _ops.fisher_linear_(shifted[0], shifted[1].view(4, 16, 64), shifted[2].view(4, 16, 64), 1.0)
+    torch.testing.assert_close(shifted[0].double(), expected, rtol=1e-5, atol=0)
+
+
+def test_fisher_importance_on_a_gpu_equals_the_cpu() -> None:
+    from alr_kernels import fisher_importance
+    from alr_kernels.demo.models import build_model
+
+    ids = torch.randint(256, (3, 4, 32), generator=torch.Generator().manual_seed(6))
+    results = []
+    for device in ("cpu", "cuda", "cuda"):
+        model = build_model("llama", 0).to(device)
+        batches = [{"input_ids": batch.to(device), "labels": batch.to(device)} for batch in ids]
+        results.append({name: omega.cpu() for name, omega in fisher_importance(model, batches).items()})
+    for name, expected in results[0].items():
+        assert float((results[1][name] - expected).abs().max()) <= 1e-3 * float(expected.max()), name
+        assert torch.equal(results[1][name], results[2][name]), name
+
+
 def test_side_stream_is_respected() -> None:
     """Work queued on another stream must be ordered with it, not with the default stream."""
     torch.manual_seed(3)

@@ -1,0 +1,132 @@
+"""Sums that are not complete yet: what an estimator has added up, and the file from which it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _validate
+from . import _checks
+from .artifact import content_fingerprint
+
+FORMAT = "alr_kernels.importance.partial"
+FORMAT_VERSION = "1"
+
+
+@dataclass
+class Partial:
+    """Sums over the batches so far."""
+
+    sums: dict[str, Tensor]  # parameter's name → Σ |g|^power, float32 (float64 of float64 parameters)
+    batches: int = 0
+    samples: int = 0
+    digest: str = ""  # of all batches so far
+    one_by_one: str = ""  # why samples are taken one by one, or '' while they are not
+    checked: int = 0  # samples of the largest batch on which batched sums were compared with those one by one
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Partial:
+        """Return empty sums for the trainable parameters."""
+        return cls(
+            {
+                name: torch.zeros(
+                    param.shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device
+                )
+                for name, param in model.named_parameters()
+                if param.requires_grad
+            }
+        )
+
+
+def batch_digest(previous: str, batch: Mapping[str, Any]) -> str:
+    """Return the digest of all batches up to this one."""
+    digest = hashlib.sha256(previous.encode())
+    for key in sorted(batch):
+        value = batch[key]
+        if isinstance(value, Tensor):
+            dense = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(dense.view(torch.uint8).numpy())
+        else:
+            digest.update(f"{key}{value!r}".encode())
+    return digest.hexdigest()
+
+
+class Checkpoint:
+    """The file of partial sums: written atomically, and read again only by the same estimate on the same data."""
+
+    def __init__(self, path: str | os.PathLike[str], every: int, method: str, model: nn.Module) -> None:
+        _validate.count("every", every)
+        self.path = _validate.importance_path(path)
+        self.every = every
+        self._about = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "method": method,
+            "weights": content_fingerprint(dict(model.named_parameters())),
+        }
+
+    def load(self, partial: Partial) -> None:
+        """Read the file into ``partial``, when there is one."""
+        from safetensors import SafetensorError, safe_open
+
+        if not self.path.exists():
+            return
+        path = str(self.path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(
+                f"checkpoint {path!r}: expected partial sums, got {error}; it is truncated or damaged, delete it."
+            ) from error
+        for key in ("format", "format_version", "method"):
+            _checks.partial_field(path, key, about.get(key), self._about[key])
+        shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (sums, partial.sums)]
+        _checks.partial_names(path, *shapes)
+        _checks.partial_field(path, "a model of weights", about.get("weights"), self._about["weights"])
+        for name, tensor in partial.sums.items():
+            tensor.copy_(sums[name])
+        partial.batches, partial.samples = int(about["batches"]), int(about["samples"])
+        partial.digest, partial.one_by_one = about["digest"], about["one_by_one"]
+        partial.checked = int(about["checked"])
+
+    def save(self, partial: Partial) -> None:
+        """Write the sums; a reader sees the old file or the whole new one."""
+        from safetensors.torch import save_file
+
+        state = {key: str(getattr(partial, key)) for key in ("batches", "samples", "digest", "one_by_one", "checked")}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in partial.sums.items()}
+        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, scratch, metadata=self._about | state)
+            with open(scratch, "rb+") as written:
+                os.fsync(written.fileno())
+            os.replace(scratch, self.path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the file once the estimate is whole."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode (no dropout), and every module back to what it was."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
