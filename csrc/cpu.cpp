@@ -4,6 +4,9 @@
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace alr {
 namespace {
@@ -86,11 +89,27 @@ void for_chunks(const std::vector<Chunk>& chunks, int num_threads, const Body& b
   for (int64_t i = 0; i < count; ++i) body(size_t(i));
 }
 
+// Large outputs are fresh memory: in pages of 4 KiB their faults would take longer than all the rest.
+void expect_writes(const Kept& kept, int64_t numel) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const int64_t bytes = kept.format == kFloat32 ? 4 * numel : kept.format == kCodes4 ? numel / 2
+                        : kept.format == kCodes8 ? numel : 2 * numel;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(kept.values);
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (address + uintptr_t(bytes)) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: it may fail
+#else
+  (void)kept, (void)numel;
+#endif
+}
+
 // Calls body(chunk, counts) -> Sums for every chunk and writes what follows from all of a tensor's.
 template <typename Tensor, typename Body>
 void reduced(const std::vector<Tensor>& tensors, const std::vector<Chunk>& chunks, double* statistics,
              int64_t* histograms, int num_threads, const Body& body) {
   std::fill(histograms, histograms + tensors.size() * kBins, int64_t(0));
+  for (const Tensor& t : tensors) expect_writes(t.importance, t.numel);
   std::vector<Sums> partials(chunks.size()), sums(tensors.size(), Sums{});
   for_chunks(chunks, num_threads, [&](size_t i) {
     int64_t counts[kBins] = {};
