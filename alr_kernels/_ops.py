@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _validate
+from . import _validate, _validate_estimators
 from ._layout import in_layout, is_contiguous, same_dense_layout
 from .codecs import native as codecs_native
 from .codecs import reference as codecs_reference
 from .codecs.encoded import Encoded
 from .codecs.storage import CODES
-from .importance import _checks
-from .importance import fisher as importance_fisher
 from .importance import native as importance_native
 from .importance import reference as importance_reference
-from .importance.flat import Flat, fake_outputs, flattened, unflattened
+from .importance.flat import unflattened
 from .step import native as step_native
 from .step import reference as step_reference
 from .step import triton_kernel as step_triton
@@ -86,7 +84,7 @@ _IMPORTANCE = {"reference": importance_reference, "native": importance_native}
 
 
 @torch.no_grad()
-def _step_eager(
+def step_eager(
     operands: Operands,
     numbers: Numbers,
     options: Options = Options(),  # noqa: B008 - immutable
@@ -106,15 +104,6 @@ def _step_eager(
         original.copy_(copy)
 
 
-def _step_flat(*args: Any, backend: str = "auto") -> None:
-    """Take the registered op's flat arguments apart."""
-    lists, rest = args[: len(Operands._fields)], args[len(Operands._fields) :]
-    (steps, hyper, unit_scales, keys, statistics), options = rest[:5], list(rest[5:])
-    if len(options) > len(Options._fields):
-        backend = options.pop()
-    _step_eager(Operands(*lists), Numbers(hyper, steps, unit_scales, keys), Options(*options), statistics, backend)
-
-
 @torch.no_grad()
 def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Return (codes, scales) of Ω; see ``codecs/reference.py``."""
@@ -132,7 +121,7 @@ def _codec(device: torch.device, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def _accumulate_eager(
+def accumulate_eager(
     path_integrals: Sequence[Tensor],
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
@@ -149,7 +138,7 @@ def _accumulate_eager(
 
 
 @torch.no_grad()
-def _finalise_eager(
+def finalise_eager(
     path_integrals: Sequence[Tensor],
     params: Sequence[Tensor],
     starts: Sequence[Tensor],
@@ -169,7 +158,7 @@ def _finalise_eager(
 
 
 @torch.no_grad()
-def _merge_eager(
+def merge_eager(
     first: Sequence[Encoded | None],
     second: Sequence[Encoded | None],
     formats: Sequence[str],
@@ -224,19 +213,9 @@ def _by_backend(keys: Sequence[tuple[torch.device, torch.dtype]]) -> list[tuple[
     return [(rows, backend) for (_, backend), rows in groups.items()]
 
 
-def _finalise_flat(*args: Any, **kwargs: Any) -> Flat:
-    return flattened(_finalise_eager(*args, **kwargs))
-
-
-def _merge_flat(*args: Any) -> Flat:
-    """Take the registered op's flat arguments apart."""
-    formats, weights = args[6:]
-    return flattened(_merge_eager(unflattened(*args[:3]), unflattened(*args[3:6]), formats, weights and tuple(weights)))
-
-
 @torch.no_grad()
-def _fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
-    _checks.fisher_operands(importance, deltas, inputs, power)
+def fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
+    _validate_estimators.fisher_operands(importance, deltas, inputs, power)
     found = importance_backends(importance.device.type, importance.dtype)["native"]
     if found or torch.float64 in (deltas.dtype, inputs.dtype):
         importance_reference.fisher_linear_(importance, deltas, inputs, scale, power)
@@ -245,72 +224,9 @@ def _fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, sca
         deltas, inputs = deltas.float(), inputs.float()
     dense = importance.contiguous()
     deltas, inputs = (tensor.resolve_neg().contiguous() for tensor in (deltas, inputs))
-    importance_fisher.fisher_linear_(dense, deltas, inputs, scale, power)
+    importance_native.fisher_linear_(dense, deltas, inputs, scale, power)
     if dense is not importance:
         importance.copy_(dense)
-
-
-_LIBRARY = torch.library.Library("alr_kernels", "DEF")
-_LIBRARY.define(
-    "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, Tensor(e!)[] remainders, "
-    "Tensor(f!)[] exp_avg_scales, Tensor(g!)[] exp_avg_sq_scales, Tensor[] importance_scales, "
-    "Tensor[] steps, Tensor hyper, Tensor unit_scales, int[] keys, Tensor(h!)? statistics, "
-    "str penalty_mode, bool maximize, bool precise, str master, int seed, "
-    'str backend="auto") -> ()'
-)
-_LIBRARY.define(
-    "accumulate_(Tensor(a!)[] path_integrals, Tensor[] grads, Tensor[] params, Tensor(b!)[] previous, "
-    "bool maximize=False) -> ()"
-)
-_LIBRARY.define(
-    "finalise(Tensor[] path_integrals, Tensor[] params, Tensor[] starts, str[] formats, float xi, "
-    "bool relative=False) -> (Tensor[] values, Tensor[] scales, Tensor statistics, Tensor histograms)"
-)
-_LIBRARY.define(
-    "merge(Tensor[] first, Tensor[] first_scales, str[] first_formats, Tensor[] second, Tensor[] second_scales, "
-    "str[] second_formats, str[] formats, float[]? weights) "
-    "-> (Tensor[] values, Tensor[] scales, Tensor statistics, Tensor histograms)"
-)
-_LIBRARY.define("fisher_linear_(Tensor(a!) importance, Tensor deltas, Tensor inputs, float scale, int power=2) -> ()")
-_LIBRARY.impl("step_", _step_flat, "CompositeExplicitAutograd")
-_LIBRARY.impl("accumulate_", _accumulate_eager, "CompositeExplicitAutograd")
-_LIBRARY.impl("finalise", _finalise_flat, "CompositeExplicitAutograd")
-_LIBRARY.impl("merge", _merge_flat, "CompositeExplicitAutograd")
-_LIBRARY.impl("fisher_linear_", _fisher_linear_eager, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("alr_kernels::step_", lib=_LIBRARY)
-def _step_fake(*_: Any, **__: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("alr_kernels::accumulate_", lib=_LIBRARY)
-def _accumulate_fake(*_: Any, **__: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("alr_kernels::fisher_linear_", lib=_LIBRARY)
-def _fisher_linear_fake(*_: Any, **__: Any) -> None:
-    return None
-
-
-@torch.library.register_fake("alr_kernels::finalise", lib=_LIBRARY)
-def _finalise_fake(
-    path_integrals: Sequence[Tensor],
-    params: Sequence[Tensor],
-    starts: Sequence[Tensor],
-    formats: Sequence[str],
-    *_: Any,
-    **__: Any,
-) -> Flat:
-    return fake_outputs([Encoded.dense(omega) for omega in path_integrals], formats)
-
-
-@torch.library.register_fake("alr_kernels::merge", lib=_LIBRARY)
-def _merge_fake(*args: Any) -> Flat:
-    pairs = zip(unflattened(*args[:3]), unflattened(*args[3:6]), strict=True)
-    return fake_outputs([a or b for a, b in pairs], args[6])  # type: ignore[misc]
 
 
 def step_(
@@ -342,7 +258,7 @@ def step_(
         flat = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, statistics, *options)
         torch.ops.alr_kernels.step_(*operands, *flat, backend=backend)
     else:
-        _step_eager(operands, numbers, options, statistics, backend)
+        step_eager(operands, numbers, options, statistics, backend)
 
 
 def accumulate_(*args: Any, **kwargs: Any) -> None:
@@ -360,7 +276,7 @@ def accumulate_(*args: Any, **kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         torch.ops.alr_kernels.accumulate_(*args, **kwargs)
     else:
-        _accumulate_eager(*args, **kwargs)
+        accumulate_eager(*args, **kwargs)
 
 
 def finalise(
@@ -390,7 +306,7 @@ def finalise(
     if torch.compiler.is_compiling():
         values, scales, *rest = torch.ops.alr_kernels.finalise(path_integrals, params, starts, formats, xi, relative)
         return unflattened(values, scales, formats), *rest
-    return _finalise_eager(path_integrals, params, starts, formats, xi, relative)
+    return finalise_eager(path_integrals, params, starts, formats, xi, relative)
 
 
 def merge(
@@ -421,7 +337,7 @@ def merge(
             flat.append(["" if x is None else x.format for x in side])
         values, scales, *rest = torch.ops.alr_kernels.merge(*flat, formats, weights)
         return unflattened(values, scales, formats), *rest
-    return _merge_eager(first, second, formats, weights)
+    return merge_eager(first, second, formats, weights)
 
 
 def fisher_linear_(*args: Any, **kwargs: Any) -> None:
@@ -446,7 +362,7 @@ def fisher_linear_(*args: Any, **kwargs: Any) -> None:
     if torch.compiler.is_compiling():
         torch.ops.alr_kernels.fisher_linear_(*args, **kwargs)
     else:
-        _fisher_linear_eager(*args, **kwargs)
+        fisher_linear_eager(*args, **kwargs)
 
 
 def add_rows_(target: Tensor, rows: Tensor, values: Tensor) -> None:
@@ -463,3 +379,6 @@ def doctor_table(device_type: str) -> dict[str, dict[str, str]]:
         "step": step_backends(device_type, torch.float32),
         "importance": importance_backends(device_type, torch.float32),
     }
+
+
+from . import _registration  # noqa: E402,F401 - what is above becomes torch.ops.alr_kernels.*

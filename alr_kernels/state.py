@@ -20,7 +20,7 @@ from .codecs import rounding
 from .codecs.encoded import Encoded
 from .codecs.storage import CODES, DTYPES, Storage, scale_shape
 from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
-from .importance.artifact import Importance, content_fingerprint
+from .importance.artifact import Importance
 from .importance.statistics import Summary
 from .names import layer_of, unwrap
 
@@ -70,7 +70,7 @@ class Penalty:
             largest[name] = _validate.importance_values(name, values if scales is None else scales)
         sums = {name: row.mean * row.numel for name, row in summary.items()}
         _validate.some_importance(sums)
-        return cls(summary, content_fingerprint(importance), sums, largest)
+        return cls(summary, importance.content_fingerprint, sums, largest)
 
     def weigh(self, coeffs: str | Mapping[str, float] | DynamicCoeffs, normalize: bool) -> dict[str, float]:
         """Take new coefficients and return name → 2·α/normaliser; when it raises, the old ones stay.

@@ -337,15 +337,15 @@ std::vector<int64_t> numels_of(const std::vector<Tensor>& tensors) {
 // Clears the histograms, runs body(launch, results, stream) for every launch and writes the statistics.
 template <typename Tensor, typename Body>
 void run(const char* what, const std::vector<Tensor>& tensors, const CudaOutputs& out, const Body& body) {
-  const DeviceGuard guard(out.device);
+  const CurrentDevice current(out.device);
   const cudaStream_t stream = static_cast<cudaStream_t>(out.stream);
   const Results results{reinterpret_cast<Sums*>(out.scratch), reinterpret_cast<unsigned long long*>(out.histograms)};
-  check(cudaMemsetAsync(out.histograms, 0, tensors.size() * kBins * sizeof(int64_t), stream), what, out.device);
+  check_cuda(cudaMemsetAsync(out.histograms, 0, tensors.size() * kBins * sizeof(int64_t), stream), what, out.device);
   for (const Launch& launch : plan(tensors)) {
     body(launch, results, stream);
     statistics_kernel<<<unsigned(launch.table.tensors), kThreads, 0, stream>>>(launch.table, results.partials,
                                                                                out.statistics);
-    check(cudaGetLastError(), what, out.device);
+    check_cuda(cudaGetLastError(), what, out.device);
   }
 }
 

@@ -58,7 +58,7 @@ void launch_accumulate(const Launch& launch, float grad_sign, cudaStream_t strea
 }  // namespace
 
 void accumulate_cuda(const std::vector<AccumulateTensor>& tensors, float grad_sign, int device, void* stream) {
-  const DeviceGuard guard(device);
+  const CurrentDevice current(device);
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   for (const Launch& launch : plan(tensors)) {
     if (launch.blocks == 0) continue;
@@ -67,7 +67,7 @@ void accumulate_cuda(const std::vector<AccumulateTensor>& tensors, float grad_si
       case kBFloat16: launch_accumulate<BFloat16>(launch, grad_sign, on); break;
       default: launch_accumulate<Float16>(launch, grad_sign, on); break;
     }
-    check(cudaGetLastError(), "accumulate_cuda", device);
+    check_cuda(cudaGetLastError(), "accumulate_cuda", device);
   }
 }
 

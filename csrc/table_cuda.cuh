@@ -9,10 +9,9 @@
 
 #include <algorithm>
 #include <numeric>
-#include <stdexcept>
-#include <string>
 
 #include "chunk_index.h"
+#include "cuda_host.h"
 #include "importance_cuda.h"
 
 namespace alr {
@@ -69,30 +68,6 @@ struct Pack {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) reinterpret_cast<uint4*>(to)[w] = words[w];
   }
-};
-
-inline void check(cudaError_t error, const char* what, int device) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string(what) + " failed on cuda:" + std::to_string(device) + ": " +
-                           cudaGetErrorString(error) + "; run `alr-kernels doctor`");
-}
-
-// Makes `device` current and restores the previous one.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice", device);
-    if (previous_ != device_) check(cudaSetDevice(device_), "cudaSetDevice", device);
-  }
-  ~DeviceGuard() {
-    if (previous_ != device_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int device_;
-  int previous_ = 0;
 };
 
 struct Launch {

@@ -11,8 +11,8 @@ from estimator_cases import CASES, Scale, assert_close, batches_of, frozen, mlp,
 from torch import nn
 
 from alr_kernels import fisher_importance, magnitude_gradient_importance, mas_importance
-from alr_kernels.importance import sweep as sweep_module
-from alr_kernels.importance.per_sample import PerSample
+from alr_kernels.importance.estimators import sweep as sweep_module
+from alr_kernels.importance.estimators.per_sample import PerSample
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from alr_kernels.importance import native, reference
 WHY_NOT = native.unavailable_reason("cpu")
 if not WHY_NOT:
     from alr_kernels import _C
-    from alr_kernels.importance import fisher
+    from alr_kernels.importance import native as fisher
 NATIVE = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 CAPABILITIES = [] if WHY_NOT else _C.build_info()["cpu_capabilities_detected"]
 

@@ -15,7 +15,6 @@ from forms import ALPHAS, BLOCKS, fitting, mixed_model, new, steps
 
 from alr_kernels import AlrAdamW, Importance, ImportanceRecorder
 from alr_kernels.importance import ImportanceWriter, TensorStats
-from alr_kernels.importance.artifact import content_fingerprint
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -38,7 +37,7 @@ def assert_same_entries(got, expected):
         assert got[name].shape == expected[name].shape
     assert got.stats == expected.stats
     assert (got.fingerprint, repr(got)) == (expected.fingerprint, repr(expected))
-    assert content_fingerprint(got) == content_fingerprint(expected)
+    assert got.content_fingerprint == expected.content_fingerprint
 
 
 @kinds

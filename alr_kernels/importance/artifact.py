@@ -129,6 +129,13 @@ class Importance(Mapping[str, "Tensor"]):
         """Digest of names and shapes: the model that this importance fits."""
         return files.fingerprint({name: entry.shape for name, entry in self._entries.items()})
 
+    @property
+    def content_fingerprint(self) -> str:
+        """Digest of names, shapes and values in the form in which they are kept."""
+        kept = {name: entry.values for name, entry in self._entries.items()}
+        scales = {f"{name}:scales": x.scales for name, x in self._entries.items() if x.scales is not None}
+        return content_fingerprint(kept | scales)
+
     def select(self, names: Iterable[str]) -> Importance:
         """Return the entries of these parameters (names without an entry are ignored).
 
@@ -300,18 +307,16 @@ def _linear(
     return math.fsum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True))
 
 
-def content_fingerprint(importance: Importance) -> str:
-    """Digest of names, shapes and values as they are kept, the same for any device or thread count.
+def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of names, shapes and values, the same for any device or thread count.
 
     The values enter as integer sums of their bit patterns times their positions, modulo 2^64: exact, so that nothing
     depends on rounding, and different when values change places.
     """
-    lines = []
-    for name in sorted(importance):
-        entry = importance.encoded(name)
-        scales = "" if entry.scales is None else f" {_checksum(entry.scales.detach())}"
-        lines.append(f"{name}{tuple(entry.shape)}{entry.format}{_checksum(entry.values.detach())}{scales}")
-    return files.digest(lines)
+    return files.digest(
+        f"{name}{tuple(tensor.shape)}{tensor.dtype}{_checksum(tensor.detach())}"
+        for name, tensor in sorted(tensors.items())
+    )
 
 
 def _checksum(tensor: Tensor, chunk: int = 2**20) -> int:

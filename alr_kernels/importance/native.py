@@ -1,4 +1,4 @@
-"""Accumulating, finalising and merging importance in C++ (CPU) and CUDA (NVIDIA); see reference.py for the formulas."""
+"""The ops of reference.py, which has their formulas, in C++ (CPU) and CUDA (NVIDIA)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..codecs.encoded import Encoded
 from ..codecs.native import kept_addresses, run
-from ..step.native import _C, WIDTHS, addresses, available, dtype_codes, mutated
+from ..step.native import _C, DTYPE_CODES, WIDTHS, addresses, available, dtype_codes, mutated
 from .statistics import BINS, STATISTICS
 
 if TYPE_CHECKING:
@@ -141,3 +141,30 @@ class _Outputs:
     def result(self) -> Result:
         """Return the importances, and statistics and histograms on the CPU."""
         return self.importances, self.statistics.cpu(), self.histograms.cpu()
+
+
+@torch.no_grad()
+def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
+    """Add scale · Σ_n |δ_nᵀ x_n|^power to Ω; see ``_ops.fisher_linear_``, which checks shapes and dtypes.
+
+    All three are contiguous and on one device, δ and x of one dtype, Ω float32.
+    """
+    samples, tokens, rows = deltas.shape
+    operands = (
+        importance.data_ptr(),
+        deltas.data_ptr(),
+        inputs.data_ptr(),
+        samples,
+        tokens,
+        rows,
+        inputs.shape[2],
+        scale,
+        DTYPE_CODES[deltas.dtype],
+        power,
+    )
+    if importance.device.type == "cpu":
+        _C.fisher_linear_(*operands, torch.get_num_threads())
+    else:
+        stream = torch.cuda.current_stream(importance.device).cuda_stream
+        _C.fisher_linear_cuda(*operands, importance.device.index, stream)
+    mutated([importance])

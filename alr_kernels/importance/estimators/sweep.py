@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from ... import _validate_estimators
 from .objectives import Batch, Objective
 from .partial import Checkpoint, Partial, batch_digest
 from .per_sample import NotBatchable, PerSample
@@ -49,16 +49,16 @@ def sweep(
     with _bar(progress, name, total) as advance:
         try:
             for index, batch in enumerate(batches):
-                samples = _checks.batch(index, batch)
+                samples = _validate_estimators.batch(index, batch)
                 if checkpoint is not None:
                     digest = batch_digest(digest, batch)
                 if index + 1 == done and checkpoint is not None:
-                    _checks.partial_data(str(checkpoint.path), done, digest, partial.digest)
+                    _validate_estimators.partial_data(str(checkpoint.path), done, digest, partial.digest)
                 if index >= done:
                     with _interrupts_between_batches(checkpoint is not None):
                         step(index, batch, samples, started)
                         if not allow_nonfinite:
-                            _checks.finite_importance(index, _nonfinite(partial.sums))
+                            _validate_estimators.finite_importance(index, _nonfinite(partial.sums))
                         partial.batches, partial.digest = index + 1, digest
                         partial.samples += samples
                         whole = True
@@ -70,9 +70,9 @@ def sweep(
                 checkpoint.save(partial)
             raise
     if checkpoint is not None and index + 1 < done:
-        _checks.partial_length(str(checkpoint.path), done, index + 1)
+        _validate_estimators.partial_length(str(checkpoint.path), done, index + 1)
     if not partial.batches:
-        _checks.no_batches(name)
+        _validate_estimators.no_batches(name)
 
 
 def _nonfinite(sums: Mapping[str, Tensor]) -> dict[str, int]:
@@ -216,7 +216,7 @@ class SampleStep:
 
         def look(values: Tensor) -> None:
             if self._check_numbers:
-                _checks.finite_numbers(index, 0, values)
+                _validate_estimators.finite_numbers(index, 0, values)
             seen.append(values)
             started()
 
@@ -237,7 +237,7 @@ class SampleStep:
             sample = slice_of(batch, n, n + 1)
             value, found = gradients(bound(self._objective.of_one, self._model, sample), self._params)
             if self._check_numbers:
-                _checks.finite_numbers(index, n, value)
+                _validate_estimators.finite_numbers(index, n, value)
             started()
             for name, grad in found.items():
                 wide = grad.to(sums[name].dtype)

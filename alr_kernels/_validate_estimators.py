@@ -1,4 +1,4 @@
-"""Checks on what users hand to the estimators: expected, got, what to do. To be folded into ``_validate.py``."""
+"""Checks on what users hand to the estimators, and their messages: expected, got, what to do; see ``_validate.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from .._validate import FLOAT_DTYPES, listed
+from ._validate import FLOAT_DTYPES, listed
 
 
 class SampleError(ValueError):

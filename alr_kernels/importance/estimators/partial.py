@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _validate
-from . import _checks
-from .artifact import content_fingerprint
+from ... import _validate, _validate_estimators
+from ..artifact import content_fingerprint
 
 FORMAT = "alr_kernels.importance.partial"
 FORMAT_VERSION = "1"
@@ -90,10 +89,10 @@ class Checkpoint:
                 f"checkpoint {path!r}: expected partial sums, got {error}; it is truncated or damaged, delete it."
             ) from error
         for key in ("format", "format_version", "method"):
-            _checks.partial_field(path, key, about.get(key), self._about[key])
+            _validate_estimators.partial_field(path, key, about.get(key), self._about[key])
         shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (sums, partial.sums)]
-        _checks.partial_names(path, *shapes)
-        _checks.partial_field(path, "a model of weights", about.get("weights"), self._about["weights"])
+        _validate_estimators.partial_names(path, *shapes)
+        _validate_estimators.partial_field(path, "a model of weights", about.get("weights"), self._about["weights"])
         for name, tensor in partial.sums.items():
             tensor.copy_(sums[name])
         partial.batches, partial.samples = int(about["batches"]), int(about["samples"])

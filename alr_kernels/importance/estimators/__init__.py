@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _checks
-from .artifact import Importance, TensorStats
+from ... import _validate_estimators
+from ..artifact import Importance
+from ..statistics import TensorStats
 from .objectives import Batch, Objective, OutputSize, OwnLoss, UserLoss
 from .partial import Checkpoint, Partial, evaluated
 from .sweep import SampleStep, gradients, sweep
@@ -139,20 +140,20 @@ def magnitude_gradient_importance(
     tensor([[0.6667, 0.3333]])
     """
     name = "magnitude_gradient_importance"
-    _checks.model(name, model)
-    _checks.batches(name, batches)
+    _validate_estimators.model(name, model)
+    _validate_estimators.batches(name, batches)
     partial = Partial.of(model)
     params = {key: param for key, param in model.named_parameters() if param.requires_grad}
 
     def step(index: int, batch: Batch, samples: int, started: Callable[[], None]) -> None:
         def value() -> Tensor:
             if loss is None:
-                return _checks.own_loss(model(**batch))
-            return _checks.numbers("loss", loss(model, batch)).mean()
+                return _validate_estimators.own_loss(model(**batch))
+            return _validate_estimators.numbers("loss", loss(model, batch)).mean()
 
         found_value, found = gradients(value, params)
         if not allow_nonfinite:
-            _checks.finite_numbers(index, 0, found_value)
+            _validate_estimators.finite_numbers(index, 0, found_value)
         started()
         for key, grad in found.items():
             partial.sums[key].add_(grad.abs())
@@ -179,8 +180,8 @@ def _per_sample(
     allow_nonfinite: bool,
 ) -> Importance:
     name = f"{method}_importance"
-    _checks.model(name, model)
-    _checks.batches(name, batches)
+    _validate_estimators.model(name, model)
+    _validate_estimators.batches(name, batches)
     partial = Partial.of(model)
     file = _resumed(checkpoint, every, method, model, partial)
     step = SampleStep(model, objective, power, partial, name, allow_nonfinite)

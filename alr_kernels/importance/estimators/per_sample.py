@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _ops
+from ... import _ops
 
 NORM = re.compile(r"(RMS|Layer)Norm$")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import _checks
+from ... import _validate_estimators
 from .per_sample import NotBatchable
 
 IGNORED = -100  # label of a token that has no loss, as in torch and transformers
@@ -67,7 +67,7 @@ class OwnLoss:
 
     def of_samples(self, model: nn.Module, batch: Batch, samples: int) -> Tensor:
         outputs = model(**batch)
-        loss = _checks.own_loss(outputs)
+        loss = _validate_estimators.own_loss(outputs)
         logits, labels = _get(outputs, "logits"), batch.get("labels")
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
             raise NotBatchable("the model's loss is not that of `logits` and integer `labels`")
@@ -84,7 +84,7 @@ class OwnLoss:
         raise NotBatchable(f"the model's loss is none of these: {'; '.join(RULES)}")
 
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
-        return _checks.own_loss(model(**batch))
+        return _validate_estimators.own_loss(model(**batch))
 
 
 class UserLoss:
@@ -94,16 +94,16 @@ class UserLoss:
         self._loss = loss
 
     def of_samples(self, model: nn.Module, batch: Batch, samples: int) -> Tensor:
-        values = _checks.numbers("loss", self._loss(model, batch))
+        values = _validate_estimators.numbers("loss", self._loss(model, batch))
         if values.dim() == 0:
             raise NotBatchable("loss(model, batch) returned one number for the whole batch, not one a sample")
-        _checks.one_a_sample("loss", values, samples)
+        _validate_estimators.one_a_sample("loss", values, samples)
         return values
 
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
-        values = _checks.numbers("loss", self._loss(model, batch))
+        values = _validate_estimators.numbers("loss", self._loss(model, batch))
         if values.dim():
-            _checks.one_a_sample("loss", values, 1)
+            _validate_estimators.one_a_sample("loss", values, 1)
         return values.reshape(())
 
 
@@ -115,15 +115,15 @@ class OutputSize:
 
     def of_samples(self, model: nn.Module, batch: Batch, samples: int) -> Tensor:
         if self._output is not None:
-            values = _checks.numbers("output", self._output(model, batch))
-            _checks.rows_of_samples(values, samples)
+            values = _validate_estimators.numbers("output", self._output(model, batch))
+            _validate_estimators.rows_of_samples(values, samples)
             return values.square().reshape(samples, -1).sum(1)
         outputs = model(**batch)
         logits = _get(outputs, "logits")
         if logits is None:
             logits = outputs
-        logits = _checks.numbers("output", logits)
-        _checks.rows_of_samples(logits, samples)
+        logits = _validate_estimators.numbers("output", logits)
+        _validate_estimators.rows_of_samples(logits, samples)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         sizes = wide.square().sum(-1) if wide.dim() > 1 else wide.square()  # [n] or [n, tokens]
         for key in ("decoder_attention_mask", "attention_mask"):
