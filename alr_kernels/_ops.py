@@ -19,6 +19,7 @@ from .codecs.encoded import Encoded
 from .codecs.storage import CODES
 from .importance import native as importance_native
 from .importance import reference as importance_reference
+from .importance.estimators import reference as estimators_reference
 from .importance.flat import unflattened
 from .step import native as step_native
 from .step import reference as step_reference
@@ -218,7 +219,7 @@ def fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scal
     _validate_estimators.fisher_operands(importance, deltas, inputs, power)
     found = importance_backends(importance.device.type, importance.dtype)["native"]
     if found or torch.float64 in (deltas.dtype, inputs.dtype):
-        importance_reference.fisher_linear_(importance, deltas, inputs, scale, power)
+        estimators_reference.fisher_linear_(importance, deltas, inputs, scale, power)
         return
     if deltas.dtype != inputs.dtype:  # as under autocast, where a module's input is wider than what it computes in
         deltas, inputs = deltas.float(), inputs.float()

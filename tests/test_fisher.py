@@ -7,12 +7,12 @@ import torch
 from cases import BF16, F16, F32, F64, same_bits
 
 from alr_kernels import _ops
-from alr_kernels.importance import native, reference
+from alr_kernels.importance import native
+from alr_kernels.importance.estimators import reference
 
 WHY_NOT = native.unavailable_reason("cpu")
 if not WHY_NOT:
     from alr_kernels import _C
-    from alr_kernels.importance import native as fisher
 NATIVE = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 CAPABILITIES = [] if WHY_NOT else _C.build_info()["cpu_capabilities_detected"]
 
@@ -75,7 +75,7 @@ def capability(request):
 def test_native_matches_float64(capability, shape, dtype, power):
     importance, deltas, inputs = case(shape, dtype)
     got = importance.clone()
-    fisher.fisher_linear_(got, deltas, inputs, 0.25, power)
+    native.fisher_linear_(got, deltas, inputs, 0.25, power)
     check(got, importance, deltas, inputs, 0.25, power)
 
 
@@ -106,7 +106,7 @@ def test_bits_do_not_depend_on_threads(capability, shape):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             results.append(importance.clone())
-            fisher.fisher_linear_(results[-1], deltas, inputs, 1.0)
+            native.fisher_linear_(results[-1], deltas, inputs, 1.0)
     finally:
         torch.set_num_threads(before)
     assert all(same_bits(result, results[0]) for result in results[1:])
@@ -118,7 +118,7 @@ def test_nothing_beyond_the_importance_is_written(capability):
         importance, deltas, inputs = case((2, 3, rows, columns))
         around = torch.full((rows * columns + 128,), 7.0)
         inside = around[64:-64].view(rows, columns).copy_(importance)
-        fisher.fisher_linear_(inside, deltas, inputs, 1.0)
+        native.fisher_linear_(inside, deltas, inputs, 1.0)
         check(inside, importance, deltas, inputs, 1.0, 2)
         assert bool((around[:64] == 7).all())
         assert bool((around[-64:] == 7).all())

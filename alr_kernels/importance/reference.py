@@ -1,9 +1,8 @@
-"""Recording, finalising, merging and per-sample importance in plain torch. Read this first.
+"""Recording, finalising and merging importance in plain torch. Read this first; estimators/reference.py has Fisher's.
 
 record     ω += −g · (θ_after − θ_before)                      (arXiv 2501.13669, eq. 3; Zenke et al. 2017)
 finalise   Ω = max(ω, 0) / ((θ_end − θ_start)² + ξ)            (eq. 4-5; clamped once, at the end)
 merge      Ω = a·Ω_a + b·Ω_b   or   max(Ω_a, Ω_b)              (a = γ, b = 1: online EWC, Schwarz et al. 2018)
-fisher     Ω += scale · Σ_n |δ_nᵀ x_n|^power                   (power 2: Fisher; 1: MAS; of a linear layer)
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["BINS", "STATISTICS", "accumulate_", "finalise", "fisher_linear_", "merge"]
+__all__ = ["BINS", "STATISTICS", "accumulate_", "finalise", "merge"]
 
 Result = tuple["list[Encoded]", "Tensor", "Tensor"]  # Ω per tensor; statistics [n, 7] float64; histograms [n, 64] int64
 
@@ -91,14 +90,6 @@ def merge(
         rows.append(statistics(None, importance))
         counts.append(histogram(importance))
     return importances, *_stacked(rows, counts)
-
-
-@torch.no_grad()
-def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
-    """Add scale · Σ_n |δ_nᵀ x_n|^power to Ω [rows, columns]; δ [n, t, rows], x [n, t, columns]."""
-    for delta, x in zip(deltas, inputs, strict=True):
-        grad = delta.to(importance.dtype).T @ x.to(importance.dtype)  # of one sample's loss
-        importance.add_(grad.square() if power == 2 else grad.abs(), alpha=scale)
 
 
 def decoded(importance: Encoded) -> Tensor:

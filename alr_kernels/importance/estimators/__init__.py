@@ -12,7 +12,8 @@ from ..artifact import Importance
 from ..statistics import TensorStats
 from .objectives import Batch, Objective, OutputSize, OwnLoss, UserLoss
 from .partial import Checkpoint, Partial, evaluated
-from .sweep import SampleStep, gradients, sweep
+from .sweep import SampleStep, gradients
+from .sweep import sweep as sweep_over
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -160,7 +161,7 @@ def magnitude_gradient_importance(
 
     file = _resumed(checkpoint, every, "magnitude_gradient", model, partial)
     with evaluated(model):
-        sweep(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
+        sweep_over(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
     nonfinite = _cleared(partial.sums)
     for key, total in partial.sums.items():
         size, pull = _ranks(params[key].detach().abs()), _ranks(total)
@@ -186,7 +187,7 @@ def _per_sample(
     file = _resumed(checkpoint, every, method, model, partial)
     step = SampleStep(model, objective, power, partial, name, allow_nonfinite)
     with evaluated(model):
-        sweep(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
+        sweep_over(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
     nonfinite = _cleared(partial.sums)
     for total in partial.sums.values():  # a tied weight's correction may leave −1e-8 of what was added
         total.div_(partial.samples).clamp_(min=0.0)
