@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import AlrAdamW, fisher_importance
+from .. import AlrAdamW
 from ..demo.models import VOCABULARY, build_model
 from ..importance.files import ImportanceWriter
-from .timing import Sample, in_rounds, ratio, spread, synchronize
+from .estimators import SHAPES, compare, token_batches
+from .timing import Sample, in_rounds, spread, synchronize
 
 SAMPLES = 20_000  # of the paper's Fisher
+Shape = tuple[int, int, int]
 LEAN = {"state_dtype": "int8", "master": "split"}  # of the published models' optimizer
 TARGETS = ("q_proj.weight", "v_proj.weight")  # what the paper's LoRA keeps importance of
 
@@ -100,20 +102,6 @@ def storage(
     return rows
 
 
-def fisher_by_loop(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Fisher as it is usually written: one sample, one backward, squares added up."""
-    found = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
-    count = len(next(iter(batch.values())))
-    for i in range(count):
-        model.zero_grad()
-        model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
-        for name, param in model.named_parameters():
-            if param.grad is not None:
-                found[name] += param.grad.square() / count
-    model.zero_grad()
-    return found
-
-
 DEMO_MODELS = ("demo-llama", "demo-gptj")
 
 
@@ -122,21 +110,21 @@ def models_for(device: str) -> tuple[str, ...]:
     return DEMO_MODELS if device == "cpu" else MODELS
 
 
-def run_model(name: str, device: str, *, batch: int = 16, length: int = 128, rounds: int = 7) -> dict[str, Any]:
+def run_model(name: str, device: str, *, rounds: int = 7, shapes: Sequence[Shape] = SHAPES) -> dict[str, Any]:
     """Build a randomly initialised model and measure it; one that does not fit is skipped with the reason."""
     import transformers
 
     try:
         if name in DEMO_MODELS:
-            model = build_model(name.removeprefix("demo-"), 0, context=length).to(device)
-            found = run_claim(model, VOCABULARY, batch=batch, length=length, rounds=rounds)
+            model = build_model(name.removeprefix("demo-"), 0, context=max(tokens for _, tokens, _ in shapes)).to(
+                device
+            )
+            found = run_claim(model.eval(), VOCABULARY, shapes, rounds=rounds)
         else:
             with torch.device(device):
                 config = config_of(name)
                 model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            found = run_claim(
-                model, config.vocab_size, batch=batch, length=length, rounds=rounds, optimizer_options=LEAN
-            )
+            found = run_claim(model.eval(), config.vocab_size, shapes[:1], rounds=rounds, optimizer_options=LEAN)
     except torch.OutOfMemoryError:
         return {"model": name, "skipped": "it does not fit into the device's memory"}
     return {"model": name, **found}
@@ -145,9 +133,8 @@ def run_model(name: str, device: str, *, batch: int = 16, length: int = 128, rou
 def run_claim(
     model: nn.Module,
     vocabulary: int,
+    shapes: Sequence[Shape] = SHAPES,
     *,
-    batch: int = 16,
-    length: int = 128,
     rounds: int = 7,
     optimizer_options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -156,34 +143,24 @@ def run_claim(
     Args:
         model: a causal language model of transformers.
         vocabulary: of the random token ids.
-        batch, length: of the samples.
+        shapes: (samples a batch, tokens a sample, batches) of the Fisher passes; the first is also the training's.
         rounds: of each timing.
         optimizer_options: of AlrAdamW, for both steps.
 
     Returns:
-        seconds of a training step, of the optimizer's step without and with recording, of finalising to int4; seconds a
-        sample of the Fisher pass by loop and batched; and what these make for :data:`SAMPLES` samples.
+        ``fisher``: ``estimators.compare`` of each shape. Seconds of a training step, of the optimizer's step without
+        and with recording, of finalising to int4; and what these make for :data:`SAMPLES` samples.
     """
-    device = next(model.parameters()).device
-    kind = device.type
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(vocabulary, (batch, length), generator=generator).to(device)
-    data = {"input_ids": tokens, "labels": tokens}
-    fisher = in_rounds(
-        {
-            "loop": lambda: fisher_by_loop(model, data),
-            "batched": lambda: fisher_importance(model, [data], progress=False),
-        },
-        rounds,
-        kind,
-    )
+    kind = next(model.parameters()).device.type
+    fisher = [compare(model, vocabulary, *shape[:2], count=shape[2], rounds=min(rounds, 5)) for shape in shapes]
+    batch, length, _ = shapes[0]
+    data = token_batches(batch, length, 1, vocabulary)[0]
+    data = {key: ids.to(kind) for key, ids in data.items()}
     result: dict[str, Any] = {
         "parameters": sum(param.numel() for param in model.parameters()),
         "batch": batch,
         "length": length,
-        "loop_s_per_sample": spread([sample.device_s / batch for sample in fisher["loop"]]),
-        "batched_s_per_sample": spread([sample.device_s / batch for sample in fisher["batched"]]),
-        "loop_over_batched": ratio(fisher["loop"], fisher["batched"]),
+        "fisher": fisher,
         **_recording(model, data, kind, rounds, optimizer_options or {}),
     }
     steps = SAMPLES / batch
@@ -193,7 +170,7 @@ def run_claim(
     result["path_integral_s"] = extra
     result["path_integral_share_of_training"] = extra / result["training_s"]
     for way in ("loop", "batched"):
-        seconds = SAMPLES * result[f"{way}_s_per_sample"][0]
+        seconds = SAMPLES * fisher[0][f"{way}_s"] / (batch * fisher[0]["batches"])
         result[f"{way}_s"] = seconds
         result[f"{way}_over_path_integral"] = seconds / extra
     return result

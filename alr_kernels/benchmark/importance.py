@@ -34,6 +34,7 @@ class Row(NamedTuple):
     run: Step
     moved: float
     beside: str | None = None
+    eager: bool = False  # what it is compared with: fewer rounds, without the copy
 
 
 class Recorded(NamedTuple):
@@ -83,7 +84,10 @@ def _finalise_rows(r: Recorded) -> list[Row]:
         lists = (r.path_integrals, r.params, r.previous)
         return lambda: _ops.finalise(*lists, formats, XI, relative=relative)
 
-    rows = [Row(f"eager formula, {kept}", partial(eager_finalise, r, kept), 12 + size) for kept, size in BYTES.items()]
+    rows = [
+        Row(f"eager formula, {kept}", partial(eager_finalise, r, kept), 12 + size, eager=True)
+        for kept, size in BYTES.items()
+    ]
     for kept in BYTES:
         rows.append(Row(f"finalise, {kept}", finalise(kept), 12 + BYTES[kept], f"eager formula, {kept}"))
     rows.append(Row("finalise, int4, relative ξ", finalise("int4", True), 20 + BYTES["int4"], "eager formula, int4"))
@@ -102,8 +106,8 @@ def _accumulate_rows(r: Recorded) -> list[Row]:
         torch._foreach_copy_(r.previous, r.params)
 
     return [
-        Row("torch._foreach, with temporaries", foreach, 36),
-        Row("torch._foreach, in place", foreach_in_place, 36),
+        Row("torch._foreach, with temporaries", foreach, 36, eager=True),
+        Row("torch._foreach, in place", foreach_in_place, 36, eager=True),
         Row("accumulate", lambda: _ops.accumulate_(*r), 24, "torch._foreach, with temporaries"),
     ]
 
@@ -113,7 +117,9 @@ def _merge_rows(r: Recorded) -> list[Row]:
     lists = (r.path_integrals, r.params, r.previous)
     first, second = (_ops.finalise(*lists, formats, xi)[0] for xi in (XI, 10 * XI))
     coded = all(kept == "int4" for kept in formats)
-    rows = [Row("eager merge, int4", lambda: eager_merge(first, second), 3 * BYTES["int4"])] if coded else []
+    rows = (
+        [Row("eager merge, int4", lambda: eager_merge(first, second), 3 * BYTES["int4"], eager=True)] if coded else []
+    )
     merge = Row(
         "merge, int4 and int4",
         lambda: _ops.merge(first, second, formats, (DECAY, 1.0)),
@@ -159,8 +165,8 @@ def run_passes(
 
     Returns:
         facts and ``rows``: median, p20, p80 in seconds; bytes an element; ``share`` of the copy's bytes a second, and
-        ``ratio`` to the row that it is ``beside`` (how many times longer that takes), medians over rounds with p20
-        and p80.
+        ``ratio`` to the row that it is ``beside`` (how many times longer that takes; from rounds of their own, fewer
+        with eager torch), medians over rounds with p20 and p80.
     """
     buffer = min(2**30, 4 * elements(shapes))
     copy = copier(device, buffer)
@@ -177,29 +183,35 @@ def run_passes(
         rows = build()
         for row in rows:
             row.run()
-        samples = in_rounds({COPY: copy, **{row.name: row.run for row in rows}}, rounds, device, budget_s)
+        own = {row.name: row.run for row in rows if not row.eager}
+        samples = in_rounds({COPY: copy, **own}, rounds, device, budget_s)
         copies += samples[COPY]
+        compared = {row.name for row in rows if row.eager} | {row.name for row in rows if row.beside}
+        compared |= {row.beside for row in rows if row.beside}
+        few = rounds if not any(row.eager for row in rows) else min(rounds, 5)
+        beside = in_rounds({row.name: row.run for row in rows if row.name in compared}, few, device, budget_s)
         for row in rows:
-            own = samples[row.name]
+            times = samples.get(row.name) or beside[row.name]
             moved = row.moved * elements(shapes)
-            shares = [moved / a.device_s / (2 * buffer / b.device_s) for a, b in zip(own, samples[COPY], strict=True)]
-            median, p20, p80 = spread([sample.device_s for sample in own])
+            pairs = () if row.eager else zip(times, samples[COPY], strict=True)
+            shares = [moved / a.device_s / (2 * buffer / b.device_s) for a, b in pairs]
+            median, p20, p80 = spread([sample.device_s for sample in times])
             found.append(
                 {
                     "group": group,
                     "name": row.name,
-                    "rounds": len(own),
+                    "rounds": len(times),
                     "median_s": median,
                     "p20_s": p20,
                     "p80_s": p80,
                     "bytes_per_element": row.moved,
                     "bytes_per_s": moved / median,
-                    "share": spread(shares),
+                    "share": spread(shares) if shares else None,
                     "beside": row.beside,
-                    "ratio": None if row.beside is None else ratio(samples[row.beside], own),
+                    "ratio": None if row.beside is None else ratio(beside[row.beside], beside[row.name]),
                 }
             )
-        del rows, samples
+        del rows, samples, beside, own
     return {
         "device": device,
         "elements": elements(shapes),

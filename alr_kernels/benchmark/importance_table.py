@@ -17,6 +17,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(passes(entry))
     measured = [row for row in results["claim"] if "skipped" not in row]
     if measured:
+        console.print(fisher(measured))
         console.print(claim(measured))
     for row in results["claim"]:
         if "skipped" in row:
@@ -52,7 +53,7 @@ def passes(entry: dict[str, Any]) -> Table:
             f"{median} ({p20} - {p80})",
             f"{row['bytes_per_element']:.1f}",
             short(row["bytes_per_s"] / 1e9),
-            f"{100 * row['share'][0]:.0f}",
+            f"{100 * row['share'][0]:.0f}" if row["share"] else "",
             compared,
             row["beside"] or "",
             style="bold" if row["beside"] else None,
@@ -82,8 +83,37 @@ def claim(rows: list[dict[str, Any]]) -> Table:
             short(row["batched_s"]),
             short(row["loop_s"]),
             f"{row['loop_over_path_integral']:,.0f}",
-            f"{row['loop_over_batched'][0]:.2f}",
+            f"{row['fisher'][0]['ratio'][0]:.2f}",
         )
+    return shown
+
+
+def fisher(rows: list[dict[str, Any]]) -> Table:
+    """Return the Fisher passes, batched and by sample."""
+    shown = _table(
+        "Fisher passes: fisher_importance beside one sample at a time",
+        "model",
+        "samples × tokens\na batch",
+        "batches",
+        "by sample, s",
+        "batched, s",
+        "forward +\nbackward, s",
+        "times faster\n(least - most)",
+        "largest\ndifference",
+    )
+    for row in rows:
+        for found in row["fisher"]:
+            median, least, most = found["ratio"]
+            shown.add_row(
+                row["model"],
+                f"{found['samples']} × {found['tokens']}",
+                str(found["batches"]),
+                short(found["loop_s"]),
+                short(found["batched_s"]),
+                short(found["forward_backward_s"]),
+                f"{median:.2f} ({least:.2f} - {most:.2f})",
+                f"{found['largest_relative_difference']:.1e}",
+            )
     return shown
 
 

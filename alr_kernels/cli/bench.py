@@ -96,15 +96,13 @@ def _default(full: bool, device: str) -> list[str]:
 
 
 def _measure(names: list[str], device: str, scale: float, full: bool, compile: str, rounds: int) -> dict[str, Any]:
-    from rich.console import Console
 
     from ..benchmark.shapes import shapes_of
     from ..benchmark.stamp import stamp
     from ..benchmark.suite import run_set
-    from ..benchmark.table import NARROW, WIDTH, show
+    from ..benchmark.table import show
 
-    console = Console()
-    console = Console(width=max(NARROW, min(console.width, WIDTH)) if console.is_terminal else WIDTH)
+    console = _console()
     results: dict[str, Any] = {"alr_kernels": stamp(), "sets": []}
     for name in names:
         share = scale * (CPU_SCALE.get(name, 1.0) if device == "cpu" else 1.0)
@@ -124,14 +122,22 @@ def _measure(names: list[str], device: str, scale: float, full: bool, compile: s
     return results
 
 
-def _measure_importance(names: list[str], device: str, scale: float, full: bool, rounds: int) -> dict[str, Any]:
+def _console() -> Any:
     from rich.console import Console
+
+    from ..benchmark.table import NARROW, WIDTH
+
+    console = Console()
+    return Console(width=max(NARROW, min(console.width, WIDTH)) if console.is_terminal else WIDTH)
+
+
+def _measure_importance(names: list[str], device: str, scale: float, full: bool, rounds: int) -> dict[str, Any]:
 
     from ..benchmark import importance, importance_table
     from ..benchmark.shapes import shapes_of
     from ..benchmark.stamp import stamp
 
-    console = Console()
+    console = _console()
     results: dict[str, Any] = {"alr_kernels": stamp(), "passes": [], "claim": []}
     with console.status("") as status:
         for name in names:
