@@ -122,27 +122,44 @@ def _two_steps(
 
 
 def check_importance(device: str) -> dict[str, Any]:
-    """Finalise a recording natively and by the reference; compare."""
+    """Finalise, merge and sum up per-sample gradients natively and by the reference; compare."""
     import torch
 
     from ..importance import native, reference
+    from ..importance.estimators import reference as per_sample
 
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(3, n, generator=generator).to(device) for n in (*CHECK_SIZES, LARGE_CHECK_SIZE)]
+    shapes = [(n,) for n in (*CHECK_SIZES, LARGE_CHECK_SIZE)] + [(32, 256), (32, 256)]
+    values = [torch.randn(3, *shape, generator=generator).to(device) for shape in shapes]
     operands = [[value[row].clone() for value in values] for row in range(3)]
-    formats = ["fp32"] * len(values)
-    expected, expected_stats, _ = reference.finalise(*operands, formats, 1e-3)
-    got, stats, _ = native.finalise(*operands, formats, 1e-3)
-    pairs = [*((a.values, b.values) for a, b in zip(expected, got, strict=True)), (expected_stats, stats)]
-    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    formats = [*["fp32"] * (len(shapes) - 2), "int8", "int4"]
+    errors = {}
+    results = []
+    for module in (reference, native):
+        kept, stats, counts = module.finalise(*operands, formats, 1e-3)
+        merged = module.merge(kept, kept, ["fp32"] * len(kept), (0.5, 0.25))[0]
+        results.append([[x.values for x in kept], [stats, counts], [x.values for x in merged]])
+    for name, expected, got in zip(("finalise", "statistics", "merge"), *results, strict=True):
+        errors[name] = max(_relative(a, b) for a, b in zip(expected, got, strict=True))
+    deltas, inputs = (torch.randn(4, 9, n, generator=generator).to(device) for n in (33, 70))
+    sums = [torch.zeros(33, 70, device=device) for _ in range(2)]
+    for module, total in zip((per_sample, native), sums, strict=True):
+        module.fisher_linear_(total, deltas, inputs, 0.25)
+    errors["fisher_linear"] = _relative(*sums)
+    where = max(errors, key=errors.__getitem__)
     return {
         "op": "importance",
         "backend": "native",
         "device": device,
-        "ok": worst <= 1e-6,
-        "largest_relative_error": worst,
-        "where": "finalise",
+        "ok": errors[where] <= (1e-5 if where == "fisher_linear" else 1e-6),
+        "largest_relative_error": errors[where],
+        "where": where,
     }
+
+
+def _relative(expected: Any, got: Any) -> float:
+    expected, got = expected.double().cpu(), got.double().cpu()
+    return float((expected - got).abs().max() / expected.abs().max())
 
 
 def _check_interpreted() -> list[dict[str, Any]]:
