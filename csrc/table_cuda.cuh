@@ -66,7 +66,7 @@ struct Pack {
     uint4 words[kWords];
     memcpy(words, at, sizeof(words));
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) reinterpret_cast<uint4*>(to)[w] = words[w];
+    for (int w = 0; w < kWords; ++w) __stcs(reinterpret_cast<uint4*>(to) + w, words[w]);  // a plain one may become four
   }
 };
 

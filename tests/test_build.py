@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -276,6 +277,51 @@ def test_cuda_kernels_neither_spill_nor_use_stack(tmp_path, source, contraction,
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
     assert len(frames) >= kernels
     assert set(frames) == {("0", "0", "0")}
+
+
+def cuobjdump():
+    """Return the tool's path: the toolkit's, or the one in Triton's wheel."""
+    wheel = importlib.util.find_spec("triton")
+    folders = [str(Path(wheel.origin).parent / "backends" / "nvidia" / "bin")] if wheel and wheel.origin else []
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+NO_CUDA_BUILD = _C.build_info()["cuda_missing_reason"] or ("" if cuobjdump() else "cuobjdump is not here")
+built_for_cuda = pytest.mark.skipif(bool(NO_CUDA_BUILD), reason=f"no CUDA code to look at: {NO_CUDA_BUILD}")
+
+
+def dumped(*options):
+    command = [cuobjdump(), *options, _C.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@built_for_cuda
+def test_no_cuda_kernel_of_any_architecture_spills():
+    text = dumped("--dump-resource-usage")
+    kernels = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    architectures = _C.build_info()["cuda_architectures"]
+    assert set(re.findall(r"arch = (sm_\d+)", text)) >= set(architectures)
+    assert len(kernels) == len(architectures) * (9 + 3 * 5 + 5 + 3 + 2 + 3 * 2)
+    assert {(stack, local) for _, _, stack, local in kernels} == {("0", "0")}
+
+
+@built_for_cuda
+def test_cuda_kernels_move_16_bytes_at_a_time():
+    """Of sm_90: what a thread loads at once, of each operand, and what it stores where that is 16 bytes or more."""
+    functions = dumped("-sass", "-arch", "sm_90").split("Function : ")[1:]
+    found = {text.split()[0]: text for text in functions}
+    for name, text in found.items():
+        loads, stores = (len(re.findall(rf"{op}\.E[.A-Z]*\.128", text)) for op in ("LDG", "STG"))
+        if "accumulate_kernel" in name:
+            assert loads >= 4, name  # ω, g, θ, θ before
+            assert stores >= 2, name
+        elif "finalise_kernel" in name:
+            assert loads >= (6 if "finalise_kernelIf" in name else 4), name  # two for eight floats, one for halves
+            assert stores >= {"Li0E": 2, "Li1E": 1, "Li2E": 1}.get(name[name.index("Li") :][:4], 0), name
+        elif "move_sq_kernel" in name:
+            assert loads >= 2, name
+        elif "merge_kernel" in name or "fisher_kernel" in name:
+            assert loads >= 4, name
 
 
 def expected_place(numels, chunk, pass_, thread):
