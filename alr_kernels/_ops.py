@@ -117,6 +117,13 @@ def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     return _codec(codes.device, torch.float32).decode_importance(codes, scales, bits)
 
 
+def decoded(importance: Encoded) -> Tensor:
+    """Return Ω: the floats themselves, or float32 decoded from codes (a new tensor)."""
+    if importance.scales is None:
+        return importance.values
+    return decode_importance(importance.values, importance.scales, CODES[importance.format])
+
+
 def _codec(device: torch.device, dtype: torch.dtype) -> Any:
     return codecs_reference if importance_backends(device.type, dtype)["native"] else codecs_native
 

@@ -177,14 +177,14 @@ def encode(slot: Slot, param: Tensor, storage: Storage) -> str:
         values = given._replace(values=given.values.contiguous())
         slot.importance = _ops.merge([values], [None], [kept], (1.0, 0.0))[0][0] if kept != given.format else values
     else:
-        slot.importance = Encoded(_in_layout_of(param, given.decoded(), DTYPES[kept]), None, kept)
+        slot.importance = Encoded(_in_layout_of(param, _ops.decoded(given), DTYPES[kept]), None, kept)
     return kept
 
 
 def decoded_importance(slot: Slot, param: Tensor) -> Tensor:
     """Return Ω on the parameter's device, as the steps see it."""
     assert slot.importance is not None
-    return slot.importance.to(param.device).decoded()
+    return _ops.decoded(slot.importance.to(param.device))
 
 
 def whole(param: Tensor, state: Mapping[str, Any]) -> Tensor:

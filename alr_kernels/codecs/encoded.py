@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import BLOCK
+from .reference import BLOCK, decode_importance
 from .storage import CODES, DTYPES, NAMES
 
 
@@ -41,12 +41,10 @@ class Encoded(NamedTuple):
         return self.values.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def decoded(self) -> Tensor:
-        """Return Ω: the floats themselves, or float32 decoded from codes (a new tensor)."""
-        from .. import _ops
-
+        """Return Ω: the floats themselves, or float32 decoded from codes in plain torch; ``_ops.decoded`` is faster."""
         if self.scales is None:
             return self.values
-        return _ops.decode_importance(self.values, self.scales, CODES[self.format])
+        return decode_importance(self.values, self.scales, CODES[self.format])
 
     def to(self, device: torch.device | str) -> Encoded:
         """Return it on another device."""

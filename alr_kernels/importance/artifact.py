@@ -76,7 +76,9 @@ class Importance(Mapping[str, "Tensor"]):
         self._stats = {name: given.get(name) or TensorStats.of(entry, name) for name, entry in self._entries.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.encoded(name).decoded()
+        from .. import _ops
+
+        return _ops.decoded(self.encoded(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

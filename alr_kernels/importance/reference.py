@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..codecs.encoded import Encoded
-from ..codecs.reference import decode_importance, encode_importance
+from ..codecs.reference import encode_importance
 from ..codecs.storage import CODES, DTYPES
 from .statistics import BINS, STATISTICS, histogram, statistics
 
@@ -81,7 +81,7 @@ def merge(
     """Return a·Ω_a + b·Ω_b, or without weights max(Ω_a, Ω_b), in the given formats; None counts as 0."""
     importances, rows, counts = [], [], []
     for a, b, kept in zip(first, second, formats, strict=True):
-        pair = [None if x is None else decoded(x) for x in (a, b)]
+        pair = [None if x is None else x.decoded() for x in (a, b)]
         like = next(x for x in pair if x is not None)
         compute = torch.promote_types(like.dtype, torch.float32)
         wide = [torch.zeros_like(like, dtype=compute) if x is None else x.to(compute) for x in pair]
@@ -90,13 +90,6 @@ def merge(
         rows.append(statistics(None, importance))
         counts.append(histogram(importance))
     return importances, *_stacked(rows, counts)
-
-
-def decoded(importance: Encoded) -> Tensor:
-    """Return Ω as floats."""
-    if importance.scales is None:
-        return importance.values
-    return decode_importance(importance.values, importance.scales, CODES[importance.format])
 
 
 def encoded(importance: Tensor, kept: str) -> Encoded:
