@@ -1,8 +1,8 @@
-"""The dispatch table: which implementation serves which device, and the torch.library registrations.
+"""The dispatch table: which implementation serves which device.
 
-Eager callers use :func:`step_`, :func:`accumulate_`, :func:`finalise`, :func:`merge` and :func:`encode_importance`,
-which pick a backend and call its launcher. All but the last are registered as ``torch.ops.alr_kernels.*`` with schemas
-and fakes for ``torch.compile``. Device tests live here and nowhere else.
+:func:`step_`, :func:`accumulate_`, :func:`finalise`, :func:`merge` and :func:`fisher_linear_` pick a backend and call
+its launcher; under ``torch.compile`` they are the ops of the same names that ``_registration.py`` makes of them. Who
+serves what is decided here and nowhere else.
 """
 
 from __future__ import annotations
@@ -232,9 +232,23 @@ def fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scal
         deltas, inputs = deltas.float(), inputs.float()
     dense = importance.contiguous()
     deltas, inputs = (tensor.resolve_neg().contiguous() for tensor in (deltas, inputs))
+    if deltas.shape[1] == 1 and power == 2:
+        deltas, inputs = _balanced(deltas, inputs)
     importance_native.fisher_linear_(dense, deltas, inputs, scale, power)
     if dense is not importance:
         importance.copy_(dense)
+
+
+def _balanced(deltas: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale both by powers of two that cancel, so that their largest magnitudes are alike.
+
+    With one token a sample the kernels square δ and x before they multiply: a small δ's square alone would underflow.
+    """
+    if not deltas.numel() or not inputs.numel() or deltas.dtype is torch.float16:
+        return deltas, inputs
+    peaks = [tensor.abs().amax().float().clamp(1e-30, 1e30) for tensor in (deltas, inputs)]
+    factor = torch.exp2(torch.round((torch.log2(peaks[1]) - torch.log2(peaks[0])) / 2))
+    return (deltas * factor).to(deltas.dtype), (inputs / factor).to(inputs.dtype)
 
 
 def step_(

@@ -39,14 +39,17 @@ def choice(option: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{option}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def number(option: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False) -> float:
-    """Return ``value`` as float when it lies in [low, high) (or (low, high) with ``open_low``)."""
+def number(
+    option: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False, closed: bool = False
+) -> float:
+    """Return ``value`` as float when it lies in [low, high); ``open_low``: without low, ``closed``: with high."""
     try:
         result = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{option}: expected a number, got {type(value).__name__} {value!r}") from None
-    if not (low <= result < high) or (open_low and result == low):
-        raise ValueError(f"{option}: expected a number in {'(' if open_low else '['}{low}, {high}), got {value!r}")
+    if not (low <= result < high or (closed and result == high)) or (open_low and result == low):
+        interval = f"{'(' if open_low else '['}{low}, {high}{']' if closed else ')'}"
+        raise ValueError(f"{option}: expected a number in {interval}, got {value!r}")
     return result
 
 
@@ -453,6 +456,11 @@ def complete_file(path: str, expected: Iterable[str], written: Iterable[str]) ->
         )
 
 
+def unknown_entry(name: str, known: Iterable[str]) -> NoReturn:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    raise KeyError(f"{name!r} has no importance here" + (f"; did you mean {listed(near)}?" if near else "."))
+
+
 def merge_weight(rule: str, weight: Any) -> float:
     if rule in ("sum", "max"):
         if weight is not None:
@@ -462,7 +470,7 @@ def merge_weight(rule: str, weight: Any) -> float:
         return 1.0
     if weight is None:
         raise ValueError(f"weight: rule={rule!r} needs one, 0 ≤ weight ≤ 1.")
-    return number("weight", weight, high=1.0 + 1e-12)
+    return number("weight", weight, high=1.0, closed=True)
 
 
 def mergeable(first: Any, second: Any) -> None:

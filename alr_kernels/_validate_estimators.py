@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from ._validate import FLOAT_DTYPES, listed
 
 
-class SampleError(ValueError):
-    """A batch whose gradients cannot enter the importance."""
-
-
 def model(name: str, value: Any) -> None:
     if not isinstance(value, nn.Module):
         raise TypeError(f"{name}: expected a torch.nn.Module as model, got {type(value).__name__}.")
@@ -93,16 +89,16 @@ def rows_of_samples(values: Tensor, samples: int) -> None:
 def finite_numbers(index: int, first: int, values: Tensor) -> None:
     bad = (~torch.isfinite(values.reshape(-1))).nonzero().flatten().tolist()
     if bad:
-        raise SampleError(
-            f"batch {index}: the loss of sample {bad[0] + first} is {values.reshape(-1)[bad[0]].item()} ({len(bad)} of "
-            f"{values.numel()} samples are not finite); a sample without any label other than -100 has none. Remove "
-            "it, or pass allow_nonfinite=True, which gives the elements it reaches importance 0."
+        raise ValueError(
+            f"batch {index}: the loss (or output) of sample {bad[0] + first} is {values.reshape(-1)[bad[0]].item()}; a "
+            "sample without any label other than -100, or without any unmasked token, has none. Remove it, or pass "
+            "allow_nonfinite=True, which gives the elements it reaches importance 0."
         )
 
 
 def finite_importance(index: int, bad: Mapping[str, int]) -> None:
     if bad:
-        raise SampleError(
+        raise ValueError(
             f"batch {index}: a sample's gradient is NaN or inf in {sum(bad.values())} element(s) of {listed(bad)}; "
             "remove the sample or use a wider dtype, or pass allow_nonfinite=True, which gives them importance 0."
         )
@@ -125,6 +121,14 @@ def partial_names(path: str, found: Mapping[str, tuple[int, ...]], wanted: Mappi
             f"checkpoint {path!r}: expected the sums of this model's trainable parameters, but {'; '.join(parts)}; "
             "continue with the model it was written for, or delete the file."
         )
+
+
+def is_importance(path: str) -> NoReturn:
+    raise ValueError(f"checkpoint {path!r}: this file is a finished importance; choose another path for partial sums.")
+
+
+def every_without_checkpoint() -> NoReturn:
+    raise ValueError("every: it has no effect without checkpoint=path; pass a path or leave it out.")
 
 
 def partial_field(path: str, what: str, found: object, wanted: object) -> None:

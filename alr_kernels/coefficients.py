@@ -180,7 +180,7 @@ class DynamicCoeffs:
 
     def __post_init__(self) -> None:
         _validate.count("every", self.every)
-        _validate.number("rate", self.rate, high=1.0 + 1e-12, open_low=True)
+        _validate.number("rate", self.rate, high=1.0, closed=True, open_low=True)
         _validate.number("max_change", self.max_change, low=1.0, open_low=True)
 
 

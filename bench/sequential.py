@@ -187,7 +187,9 @@ def main(path: str) -> None:
                 f"{setting:9} {arm:14} λ {reg_lambda:<6g} average {average:.3f}  BWT {bwt:+.3f}  learned {learned:.3f}"
             )
     with open(path, "w", encoding="utf-8") as file:
-        json.dump({**stamp(), "decay": DECAY, "epochs": EPOCHS, "search": search, "runs": runs}, file, indent=1)
+        json.dump(
+            {"alr_kernels": stamp(), "decay": DECAY, "epochs": EPOCHS, "search": search, "runs": runs}, file, indent=1
+        )
 
 
 if __name__ == "__main__":

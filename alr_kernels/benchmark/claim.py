@@ -26,6 +26,7 @@ from .timing import Sample, in_rounds, spread, synchronize
 STEPS = 10  # timed together
 SAMPLES = 20_000  # of the paper's Fisher
 Shape = tuple[int, int, int]
+SHORT = ((16, 128, 4), (16, 16, 8))  # as SHAPES, for a quick look
 LEAN = {"state_dtype": "int8", "master": "split"}  # of the published models' optimizer
 TARGETS = ("q_proj.weight", "v_proj.weight")  # what the paper's LoRA keeps importance of
 

@@ -65,9 +65,10 @@ def eager_finalise(r: Recorded, kept: str) -> list[Any]:
         finite = torch.isfinite(importance)
         numbers = (omega.sum(), -omega.clamp(max=0).sum(), importance.norm(), importance.max(), importance.mean())
         importance = torch.where(finite, importance, 0.0)
-        stored: Any = importance.to(torch.bfloat16) if kept == "bf16" else importance
-        if kept in CODES:
-            stored = codecs.encode_importance(importance, CODES[kept])
+        form = fitting(kept, tuple(param.shape))
+        stored: Any = importance.to(torch.bfloat16) if form == "bf16" else importance
+        if form in CODES:
+            stored = codecs.encode_importance(importance, CODES[form])
         found.append((stored, numbers, (~finite).sum()))
     return found
 

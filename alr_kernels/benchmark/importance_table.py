@@ -40,14 +40,15 @@ def passes(entry: dict[str, Any]) -> Table:
         f"{entry['set']}: {entry['elements'] / 1e6:,.1f} M elements in {entry['tensors']} tensors on "
         f"{entry['device']}; a copy moves {entry['copy_bytes_per_s'] / 1e9:,.1f} GB/s"
     )
-    shown = _table(title, "one pass", "ms\np20 - p80", "bytes\nmoved", "GB/s", "% of\ncopy", "times\nfaster", "than")
+    shown = _table(title, "one pass", "ms\np20 - p80", "bytes\nmoved", "GB/s", "% of\ncopy", "compared")
     for row in entry["rows"]:
         median, p20, p80 = (short(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s"))
-        faster = row["ratio"][0] if row["ratio"] else None
-        if faster is not None and row["group"] == "recording":  # a step costs more than the one beside it
-            compared = f"1 / {1 / faster:.2f}"
-        else:
-            compared = "" if faster is None else f"{faster:.1f}"
+        compared = ""
+        if row["ratio"]:
+            faster = row["ratio"][0]
+            slower = row["group"] == "recording"  # a step that records costs more than one that does not
+            compared = f"{1 / faster:.2f} × as long as" if slower else f"{faster:.1f} × faster than"
+            compared += f" {row['beside']}"
         shown.add_row(
             row["name"],
             f"{median} ({p20} - {p80})",
@@ -55,7 +56,6 @@ def passes(entry: dict[str, Any]) -> Table:
             short(row["bytes_per_s"] / 1e9),
             f"{100 * row['share'][0]:.0f}" if row["share"] else "",
             compared,
-            row["beside"] or "",
             style="bold" if row["beside"] else None,
         )
     return shown
@@ -82,7 +82,7 @@ def claim(rows: list[dict[str, Any]]) -> Table:
             f"{100 * row['path_integral_share_of_training']:.2g}",
             short(row["batched_s"]),
             short(row["loop_s"]),
-            f"{row['loop_over_path_integral']:,.0f}",
+            _two_digits(row["loop_over_path_integral"]),
             f"{row['fisher'][0]['ratio'][0]:.2f}",
         )
     return shown
@@ -115,6 +115,10 @@ def fisher(rows: list[dict[str, Any]]) -> Table:
                 f"{found['largest_relative_difference']:.1e}",
             )
     return shown
+
+
+def _two_digits(value: float) -> str:
+    return f"{float(f'{value:.2g}'):,.0f}"
 
 
 def storage(rows: list[dict[str, Any]]) -> Table:

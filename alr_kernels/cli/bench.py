@@ -48,7 +48,8 @@ def bench(
         typer.Option(
             "--importance",
             help="Instead of steps, the passes that importance takes and its cost beside a Fisher; "
-            "with --full also the bytes of real files (half a gigabyte in the temporary folder).",
+            "with --full two models and the bytes of real files (half a gigabyte in the temporary folder). "
+            "--scale and --compile do not apply to the Fisher.",
         ),
     ] = False,
     compile: Annotated[Compile, typer.Option(help="torch.compile: never, up to 64 tensors, or always.")] = Compile.few,
@@ -58,7 +59,7 @@ def bench(
         typer.Option(metavar="RESULTS PICTURE", help="Draw a results file instead of measuring."),
     ] = None,
 ) -> None:
-    """Time one optimizer step on this machine, beside torch's and what users would write without this package.
+    """Time one optimizer step (or importance) on this machine, beside torch's and what users would write without it.
 
     Times are medians of rounds in which a plain copy, torch's fused AdamW and the compiled rival take their turns too;
     ratios are medians over rounds. "state B" counts live tensors beside weights and gradients.
@@ -151,9 +152,10 @@ def _measure_importance(names: list[str], device: str, scale: float, full: bool,
         else:
             from ..benchmark import claim
 
-            for name in claim.models_for(device):
+            for name in claim.models_for(device)[: None if full else 1]:
                 status.update(name)
-                results["claim"].append(claim.run_model(name, device, rounds=rounds))
+                shapes_seen = claim.SHAPES if full else claim.SHORT
+                results["claim"].append(claim.run_model(name, device, rounds=rounds, shapes=shapes_seen))
             if full:
                 results["storage"] = claim.storage(tick=lambda name: status.update(f"writing {name}"))
     importance_table.show(results, console)

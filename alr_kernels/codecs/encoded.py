@@ -18,6 +18,9 @@ class Encoded(NamedTuple):
     scales: Tensor | None  # [..., n/128] bf16 with codes, else None
     format: str
 
+    def __repr__(self) -> str:
+        return f"Encoded({self.format}, {tuple(self.shape)}, {self.nbytes:,} bytes)"
+
     @classmethod
     def dense(cls, importance: Tensor) -> Encoded:
         """Wrap floats as they are."""

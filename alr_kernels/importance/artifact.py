@@ -86,14 +86,18 @@ class Importance(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    __eq__ = object.__eq__  # a mapping's would compare tensors element by element
+    __hash__ = object.__hash__
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and (name in self._entries or unwrap(name) in self._entries)
 
     def __repr__(self) -> str:
         pooled = TensorStats.pooled(self._stats.values())
         xi = "" if self.xi is None else f", xi={self.xi:g}{' relative' if self.relative else ''}"
+        counted = "steps" if "path_integral" in self.method else "samples"
         return (
-            f"Importance({self.method}{xi}, {self.steps} steps, {len(self)} tensors, {pooled.numel:,} elements, "
+            f"Importance({self.method}{xi}, {self.steps} {counted}, {len(self)} tensors, {pooled.numel:,} elements, "
             f"{self.nbytes:,} bytes in {', '.join(self._formats())}, mean {pooled.mean:.3g}, max {pooled.max:.3g}"
             f"{', normalized' if self.is_normalized else ''})"
         )
@@ -107,7 +111,10 @@ class Importance(Mapping[str, "Tensor"]):
 
     def encoded(self, name: str) -> Encoded:
         """Return what is kept of a parameter: floats, or codes with their scales. Do not write into it."""
-        return self._entries[name] if name in self._entries else self._entries[unwrap(name)]
+        known = name if name in self._entries else unwrap(name)
+        if known not in self._entries:
+            _validate.unknown_entry(name, self._entries)
+        return self._entries[known]
 
     @property
     def stats(self) -> dict[str, TensorStats]:
@@ -115,7 +122,8 @@ class Importance(Mapping[str, "Tensor"]):
         return dict(self._stats)
 
     def layer_stats(self, by: LayerBy = "block") -> dict[str, TensorStats]:
-        """Return the same statistics by layer."""
+        """Return the same statistics by layer, ``"block"`` (``model.layers.3``) or ``"module"``."""
+        _validate.choice("by", by, ("block", "module"))
         members: dict[str, list[TensorStats]] = {}
         for name, row in self._stats.items():
             members.setdefault(layer_of(name, by), []).append(row)
@@ -256,11 +264,8 @@ class Importance(Mapping[str, "Tensor"]):
         return self._like(dict(zip(names, entries, strict=True)), stats)
 
     def _like(self, entries: Mapping[str, Encoded], stats: Mapping[str, TensorStats]) -> Importance:
-        result = Importance(
-            entries, method=self.method, xi=self.xi, relative=self.relative, steps=self.steps, stats=stats
-        )
-        result.is_normalized = self.is_normalized
-        return result
+        about = files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized)
+        return Importance(entries, stats=stats, **about._asdict())
 
     def _with(self, stats: Mapping[str, TensorStats], steps: int, normalized: bool) -> Importance:
         self._stats, self.steps, self.is_normalized = dict(stats), steps, normalized

@@ -7,10 +7,13 @@ table is written at once and each tensor into its place as it comes: no more tha
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
+import platform
+import re
 import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +32,7 @@ from .statistics import BINS, STATISTICS, TensorStats, stacked
 if TYPE_CHECKING:
     from torch import Tensor
 
+HOST = re.sub(r"\W", "-", platform.node()) or "localhost"
 FORMAT = "alr_kernels.importance"
 FORMAT_VERSION = 2  # 1 was never released
 STATISTICS_NAME, HISTOGRAM_NAME, SCALES_SUFFIX = ":statistics", ":histogram", ":scales"  # ":" is in no parameter's name
@@ -133,13 +137,14 @@ class ImportanceWriter:
         self._layout = layout
         self._stats: dict[str, TensorStats] = {}
         header, self._places = _header(layout, about)
-        self._scratch = self._target.with_name(f".{self._target.name}.{os.getpid()}.partial")
+        self._scratch = self._target.with_name(f".{self._target.name}.{HOST}.{os.getpid()}.partial")
         _remove_abandoned(self._target)
+        self._size = max((end for _, end in self._places.values()), default=len(header))
         self._file: Any = open(self._scratch, "w+b")  # noqa: SIM115 - closed by close() or abort()
         try:
             self._file.write(header)
             self._file.flush()
-            self._file.truncate(max((end for _, end in self._places.values()), default=len(header)))
+            self._file.truncate(self._size)
         except OSError:
             self.abort()
             raise
@@ -156,7 +161,7 @@ class ImportanceWriter:
     @property
     def nbytes(self) -> int:
         """Size of the file, known from the start."""
-        return os.fstat(self._file.fileno()).st_size
+        return self._size
 
     def add(self, name: str, importance: Tensor | Encoded, stats: TensorStats | None = None) -> None:
         """Write Ω of one parameter: floats, which are encoded here, or what is encoded already.
@@ -239,8 +244,8 @@ def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, i
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what writers of this file left that were killed."""
-    for path in target.parent.glob(f".{target.name}.*.partial"):
+    """Remove what writers of this file left that were killed on this machine; those of others may be at work."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.{HOST}.*.partial"):
         process = path.name.removesuffix(".partial").rpartition(".")[2]
         if process.isdigit() and int(process) != os.getpid() and not _alive(int(process)):
             path.unlink(missing_ok=True)
@@ -283,7 +288,7 @@ def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded],
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ImportanceFileError(
             f"importance file {str(path)!r}: expected a whole alr_kernels importance file, got {error}; "
-            "it is truncated or damaged: write it again with Importance.save()."
+            "it is truncated, damaged or something else: write it again with Importance.save()."
         ) from error
     return entries, stats, about
 

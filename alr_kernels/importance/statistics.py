@@ -52,6 +52,10 @@ class TensorStats(NamedTuple):
     nonfinite: int  # elements of ω (or of a sample's gradient) that were NaN or inf; their Ω is 0
     histogram: tuple[int, ...] = (0,) * BINS  # elements with Ω in [4^b · 2^-63, 4^(b+1) · 2^-63); ends are open
 
+    def __repr__(self) -> str:
+        values = zip(self._fields[:-1], self[:-1], strict=True)
+        return f"TensorStats({', '.join(f'{name}={value}' for name, value in values)}, histogram=...)"
+
     @classmethod
     def of_row(cls, row: Tensor, counts: Tensor, has_path_integral: bool = True) -> TensorStats:
         """Build from a row of ``STATISTICS`` and a histogram."""

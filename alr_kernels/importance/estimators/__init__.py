@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+EVERY = 100  # batches between two writings of a checkpoint
 Loss = Callable[["nn.Module", Batch], "Tensor"]
 
 
@@ -30,7 +31,7 @@ def fisher_importance(
     *,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
-    every: int = 100,
+    every: int | None = None,
     allow_nonfinite: bool = False,
 ) -> Importance:
     """Estimate Ω = mean_n g_n², g_n the gradient of sample n's own loss: the diagonal of the empirical Fisher (EWC).
@@ -52,7 +53,7 @@ def fisher_importance(
         checkpoint: a file (.safetensors) of the sums so far, written every ``every`` batches and when the estimate is
             interrupted. Calling again with the same file, model and batches goes on from there, to the same bits; the
             file is deleted at the end.
-        every: batches between two writings.
+        every: batches between two writings, 100 unless given.
         allow_nonfinite: give importance 0 to elements whose gradient was NaN or inf (counted in ``stats``).
 
     Raises:
@@ -78,7 +79,7 @@ def mas_importance(
     *,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
-    every: int = 100,
+    every: int | None = None,
     allow_nonfinite: bool = False,
 ) -> Importance:
     """Estimate Ω = mean_n |d‖f(x_n)‖² / dθ|: how much the output moves with each weight (MAS). Labels play no part.
@@ -113,7 +114,7 @@ def magnitude_gradient_importance(
     *,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
-    every: int = 100,
+    every: int | None = None,
     allow_nonfinite: bool = False,
 ) -> Importance:
     """Estimate Ω = r_θ / (r_θ + r_g) in (0, 1): large weights that the new data hardly pull at matter to the old task.
@@ -177,7 +178,7 @@ def _per_sample(
     method: str,
     progress: bool,
     checkpoint: str | PathLike[str] | None,
-    every: int,
+    every: int | None,
     allow_nonfinite: bool,
 ) -> Importance:
     name = f"{method}_importance"
@@ -195,12 +196,14 @@ def _per_sample(
 
 
 def _resumed(
-    path: str | PathLike[str] | None, every: int, method: str, model: nn.Module, partial: Partial
+    path: str | PathLike[str] | None, every: int | None, method: str, model: nn.Module, partial: Partial
 ) -> Checkpoint | None:
     """Return the checkpoint, having read into ``partial`` what it holds."""
     if path is None:
+        if every is not None:
+            _validate_estimators.every_without_checkpoint()
         return None
-    checkpoint = Checkpoint(path, every, method, model)
+    checkpoint = Checkpoint(path, EVERY if every is None else every, method, model)
     checkpoint.load(partial)
     return checkpoint
 

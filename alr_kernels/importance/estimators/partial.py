@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import _validate, _validate_estimators
 from ..artifact import content_fingerprint
+from ..files import FORMAT as IMPORTANCE_FORMAT
 
 FORMAT = "alr_kernels.importance.partial"
 FORMAT_VERSION = "1"
@@ -88,6 +89,8 @@ class Checkpoint:
             raise ValueError(
                 f"checkpoint {path!r}: expected partial sums, got {error}; it is truncated or damaged, delete it."
             ) from error
+        if about.get("format") == IMPORTANCE_FORMAT:
+            _validate_estimators.is_importance(path)
         for key in ("format", "format_version", "method"):
             _validate_estimators.partial_field(path, key, about.get(key), self._about[key])
         shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (sums, partial.sums)]
