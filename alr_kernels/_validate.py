@@ -434,6 +434,26 @@ def recorder_members(named: Mapping[str, Tensor], optimizer_params: Iterable[Ten
         )
 
 
+def file_names(names: Iterable[str]) -> None:
+    bad = [name for name in names if ":" in name or name == "__metadata__"]
+    if bad:
+        raise ValueError(
+            f"importance file: expected names without a colon, got {listed(bad)}; the file's own tensors have one."
+        )
+
+
+def closed_writer() -> NoReturn:
+    raise ValueError("importance file: this writer was closed or aborted; begin a new one.")
+
+
+def importance_range(name: str, largest: float) -> None:
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"importance of {name!r}: the result passes what float32 holds (max {largest}); merge smaller or "
+            "normalized() ones."
+        )
+
+
 def expected_entry(name: str, expected: Iterable[str], written: Iterable[str]) -> None:
     if name not in expected:
         raise ValueError(

@@ -256,7 +256,8 @@ def loaded(
     for key, dtype in kinds.items():
         if (value := saved.get(key)) is not None:
             inexact = storage.is_split(param) and value.dtype is torch.float32  # a split weight's own value
-            kept = value.dtype if inexact and not (key == "anchor" and storage.anchor) else dtype
+            wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else value.dtype
+            kept = wide if inexact else dtype
             state[key] = _in_layout_of(param, value.to(param.device), kept, copy=True)
     start, anchor = state.get("start"), state.get("anchor")
     if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):

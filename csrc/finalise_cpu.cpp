@@ -17,9 +17,9 @@ double move_sq_sum_loop(const FinaliseTensor& t, int64_t begin, int64_t end) {
   int64_t i = begin;
   for (; i + kDoubles <= end; i += kDoubles) {
 #pragma omp simd
-    for (int j = 0; j < kDoubles; ++j) lanes[j] += double(move_sq(load(param[i + j]), load(start[i + j])));
+    for (int j = 0; j < kDoubles; ++j) lanes[j] += kept_move_sq(load(param[i + j]), load(start[i + j]));
   }
-  for (int64_t j = 0; i < end; ++i, ++j) lanes[j] += double(move_sq(load(param[i]), load(start[i])));
+  for (int64_t j = 0; i < end; ++i, ++j) lanes[j] += kept_move_sq(load(param[i]), load(start[i]));
   double sum = 0.0;
   for (int j = 0; j < kDoubles; ++j) sum += lanes[j];
   return sum;

@@ -24,10 +24,10 @@ move_sq_kernel(const __grid_constant__ Table table,  // param P, start P
     const Pack<P> end = Pack<P>::read(param + i);
     const Pack<P> begin = Pack<P>::read(start + i);
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) mine += double(move_sq(load(end.at[j]), load(begin.at[j])));
+    for (int j = 0; j < kPack; ++j) mine += kept_move_sq(load(end.at[j]), load(begin.at[j]));
   }
   for (int64_t i = packed + threadIdx.x; i < chunk.numel; i += kThreads) {
-    mine += double(move_sq(load(param[i]), load(start[i])));
+    mine += kept_move_sq(load(param[i]), load(start[i]));
   }
   const double sum = block_sum(mine);
   if (threadIdx.x == 0) partials[table.first_chunks[0] + blockIdx.x] = sum;

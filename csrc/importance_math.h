@@ -109,6 +109,12 @@ ALR_HOST_DEVICE void write_statistics(double* row, const Sums& sums, int64_t num
   row[6] = sums.nonfinite;
 }
 
+// What an element adds to the mean move: one that is lost counts as unmoved.
+ALR_HOST_DEVICE double kept_move_sq(float param, float start) {
+  const float moved = move_sq(param, start);
+  return double(moved <= FLT_MAX ? moved : 0.0f);
+}
+
 // xi, or in relative mode xi * mean(move_sq); in float64, rounded once.
 ALR_HOST_DEVICE float relative_floor(double xi, double move_sq_sum, int64_t numel) {
   return numel == 0 ? 0.0f : float(xi * (move_sq_sum / double(numel)));

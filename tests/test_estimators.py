@@ -186,7 +186,7 @@ class Overwritten(nn.Module):
 
 LOOPED = {
     "a layer without a rule": (Scale, "no per-sample rule for '0.scale' of Scale"),
-    "samples that interact": (Centred, "losses that they have alone"),
+    "samples that interact": (Centred, "losses that they have in another one"),
     "a weight used outside its layer": (Borrowed, "per-sample gradients of '0.layer.weight' differ"),
     "tokens first": (Turned, r"'0.layer' is given \(5, \d, 1\), whose first dimension is not the batch"),
     "an input that is overwritten": (Overwritten, "'0.layer' is overwritten"),
@@ -216,11 +216,10 @@ def test_loop_when_the_batched_pass_fails():
     model, batches = mlp(), points((3, 2))
 
     def loss(model, batch):
-        values = squared(model, batch)
-        (slope,) = torch.autograd.grad(values.sum(), model[0].weight, create_graph=True)
-        return values + slope.square().sum()
+        (slope,) = torch.autograd.grad(model[0].weight.square().sum(), model[0].weight, create_graph=True)
+        return squared(model, batch) + slope.square().sum()
 
-    with pytest.warns(UserWarning, match="all at once they fail with 'One of the differentiated"):
+    with pytest.warns(UserWarning, match="all at once they fail with"):
         importance = fisher_importance(model, batches, loss)
     assert_close(importance, plain_loop(model, batches, wide(loss)))
 
@@ -271,9 +270,81 @@ def test_a_first_batch_of_one_is_looked_at_again():
     """With one sample nothing interacts; the second batch shows it."""
     torch.manual_seed(0)
     model, batches = nn.Sequential(Centred(), mlp()), points((1, 3, 2))
-    with pytest.warns(UserWarning, match="losses that they have alone"):
+    with pytest.warns(UserWarning, match="losses that they have in another one"):
         importance = fisher_importance(model, batches, squared)
     assert_close(importance, plain_loop(model, batches, wide(squared)))
+
+
+def weighted(model, batch):
+    return batch["w"] * squared(model, batch)
+
+
+@pytest.mark.parametrize("hidden", ["no gradient", "equal samples"])
+def test_interactions_do_not_hide_behind_the_first_samples(hidden):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(Centred(), mlp()), points((4, 4))
+    for batch in batches:
+        batch["w"] = torch.ones(4)
+    if hidden == "no gradient":
+        batches[0]["w"][:2] = 0.0
+    else:
+        for key in ("x", "y"):
+            batches[0][key][1] = batches[0][key][0]
+    with pytest.warns(UserWarning, match="losses that they have in another one"):
+        importance = fisher_importance(model, batches, weighted)
+    assert_close(importance, plain_loop(model, batches, wide(weighted)))
+
+
+def test_a_batch_without_any_gradient_is_taken_one_by_one():
+    model, batches = mlp(), points((3, 3))
+    for batch, weight in zip(batches, (0.0, 1.0), strict=True):
+        batch["w"] = torch.full((3,), weight)
+    assert_close(fisher_importance(model, batches, weighted), plain_loop(model, batches, wide(weighted)))
+
+
+def test_what_shows_late_is_an_error_not_a_wrong_number():
+    """In the 9th batch a weight is used past its layer; from the second look on nothing is silent."""
+    model, batches = mlp(), points((2,) * 9)
+
+    def loss(model, batch):
+        values = squared(model, batch)
+        return values + (batch["x"] @ model[0].weight.T).square().sum(1) if batch["late"].any() else values
+
+    for index, batch in enumerate(batches):
+        batch["late"] = torch.full((2,), float(index == 8))
+    with pytest.raises(
+        RuntimeError, match=r"batch 8: per-sample gradients of '0\.weight'.*start again with batched=False"
+    ):
+        fisher_importance(model, batches, loss)
+    exact = fisher_importance(model, batches, loss, batched=False)
+    assert_close(exact, plain_loop(model, batches, wide(loss)))
+
+
+def test_lists_of_a_batch_are_taken_apart():
+    model, batches = mlp(), points((3, 2))
+    listed = [{**batch, "scale": [float(i + 1) for i in range(len(batch["x"]))]} for batch in batches]
+
+    def loss(model, batch):
+        return (squared(model, batch) * torch.tensor(batch["scale"]).to(batch["x"].dtype)).sum()
+
+    with pytest.warns(UserWarning, match="one number for the whole batch"):
+        importance = fisher_importance(model, listed, loss)
+    tensors = [{**batch, "scale": torch.tensor(batch["scale"])} for batch in listed]
+    scaled = wide(lambda model, batch: squared(model, batch) * batch["scale"])
+    assert_close(importance, plain_loop(model, tensors, scaled))
+
+
+def test_a_sparse_embedding_takes_the_loop():
+    torch.manual_seed(0)
+    tables = [nn.Embedding(7, 3, sparse=sparse) for sparse in (True, False)]
+    tables[1].load_state_dict(tables[0].state_dict())
+    batches = [{"x": torch.tensor([[1, 2, 2], [0, 2, 5]])}]
+    results = []
+    for table in tables:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(fisher_importance(table, batches, lambda m, b: m(b["x"]).square().sum((1, 2))))
+    torch.testing.assert_close(results[0]["weight"], results[1]["weight"])
 
 
 def test_a_later_batch_may_need_the_loop():
@@ -317,7 +388,7 @@ def test_mas_of_a_users_output():
 
 
 def test_mas_refuses_an_output_without_samples():
-    with pytest.raises(ValueError, match=r"first dimension is the batch of 1, got \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"first dimension is the batch of 3, got \(9, 1\)"):
         mas_importance(mlp(), points(), lambda model, batch: model(batch["x"]).reshape(-1, 1))
 
 

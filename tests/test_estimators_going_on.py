@@ -117,10 +117,17 @@ def test_ctrl_c_waits_for_the_batch(tmp_path):
         fisher_importance(model, batches, loss, checkpoint=path)
     assert signal.getsignal(signal.SIGINT) is handler
     seen = []
-    resumed = fisher_importance(
-        model, batches, lambda model, batch: (seen.append(batch), squared(model, batch))[1], checkpoint=path
-    )
-    assert len(seen) == 1
+
+    def again(model, batch):
+        seen.append(batch)
+        return squared(model, batch)
+
+    with pytest.raises(ValueError, match=r"expected objective '.*again', it was written with '.*loss'"):
+        fisher_importance(model, batches, again, checkpoint=path)
+    again.__qualname__ = loss.__qualname__
+    resumed = fisher_importance(model, batches, again, checkpoint=path)
+    assert [batch is batches[2] for batch in seen].count(True) == 1
+    assert not any(batch is other for batch in seen for other in batches[:2])
     assert all(same_bits(resumed[name], whole[name]) for name in whole)
 
 
@@ -294,7 +301,7 @@ def test_bad_input(estimate, model, batches, error, message):
     ("loss", "error", "message"),
     [
         (lambda model, batch: 1.0, TypeError, "loss: expected a floating-point tensor, got float"),
-        (lambda model, batch: model(batch["x"]), ValueError, r"one number a sample, shape \(1,\), got \(1, 3\)"),
+        (lambda model, batch: model(batch["x"]), ValueError, r"one number a sample, shape \(3,\), got \(3, 3\)"),
         (None, ValueError, "expected the model to return a loss"),
     ],
 )

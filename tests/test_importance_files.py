@@ -111,6 +111,25 @@ def test_what_is_not_finite_stays_out_and_leaves_the_old_file(tmp_path, way):
     assert all(bool(torch.isfinite(tensor).all()) for tensor in result.values())
 
 
+@kinds
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_a_lost_weight_leaves_the_others_their_relative_xi(lost, kind):
+    importances = []
+    for broken in (False, True):
+        optimizer = recording()
+        param = optimizer.param_groups[0]["params"][0]
+        if broken:
+            with torch.no_grad():
+                param[0, 0] = lost
+            optimizer.state[param]["path_integral"][0, 0] = torch.nan
+        importances.append(optimizer.recorded_importance(1.0, relative=True, allow_nonfinite=True, dtype=kind))
+    name = next(iter(importances[0]))
+    assert importances[1].stats[name].nonfinite == 1
+    whole, kept = (importance[name].flatten()[1:] for importance in importances)
+    assert int((kept > 0).sum()) > len(kept) // 4
+    assert (kept - whole).abs().mean() < 0.01 * whole.mean()  # a code may round the other way
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
 @kinds
 def test_any_form_of_any_dtype(tmp_path, kind, dtype):
@@ -226,7 +245,7 @@ def test_memory_holds_one_tensor_at_a_time(tmp_path, kind):
     used = {line.split()[0]: int(line.split()[1]) for line in done.stdout.splitlines()}
     # MiB, of 384 in all: one tensor, what is made of it, and what the allocator keeps
     assert used["written"] < 150, used
-    assert used["read"] < 100, used
+    assert used["read"] < 150, used  # three of them are the check's own
 
 
 def test_a_file_may_be_replaced_while_it_is_read(tmp_path):

@@ -94,8 +94,20 @@ def test_estimators_merge_once_they_are_normalized():
     merged = fisher.normalized().merged(mas.normalized(), "weighted", 0.5)
     assert merged.method == "fisher+mas"
     assert merged.stats["w"].mean == pytest.approx(1.0, rel=1e-6)
-    with pytest.raises(ValueError, match="normalized"):  # the result is not, in general
-        merged.merged(mas.normalized())
+    again = merged.merged(mas.normalized(), "decayed", 0.9)  # the unit stays
+    assert (again.method, again.is_normalized) == ("fisher+mas", True)
+    with pytest.raises(ValueError, match="both normalized"):
+        merged.merged(mas)
+    with pytest.raises(ValueError, match="both normalized"):
+        fisher.normalized().merged(fisher.normalized()).merged(fisher)
+    assert fisher.normalized().select(["w"]).is_normalized
+
+
+def test_an_empty_one_merges():
+    full = Importance({"w": torch.rand(32, 128)}).astype("int4")
+    for merged in (Importance({}).merged(full), full.merged(Importance({}))):
+        assert merged.encoded("w").format == "int4"
+        assert torch.equal(merged["w"], full["w"])
 
 
 def test_neither_is_changed_and_names_may_be_wrapped():

@@ -255,3 +255,17 @@ def test_nothing_that_is_kept_between_steps_goes_stale(form, seed, backend):
         assert_same_state(cold, optimizer)
         assert cold.stats() == optimizer.stats()
         assert cold.coeffs == optimizer.coeffs
+
+
+def test_anchors_of_small_split_parameters_stay_exact_on_resume():
+    """After a phase their value is a float32 number, which anchor_dtype="bf16" leaves alone: they are small."""
+    model, optimizer = trained("smallest", count=3)
+    optimizer.start_phase()
+    steps(optimizer, 3, 5)
+    twin = copy.deepcopy(model)
+    resumed = new(twin, **FORMS["smallest"][1])
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        steps(each, 5, 30)
+    assert float(resumed.penalty()) == float(optimizer.penalty()) > 0
+    assert_same_state(resumed, optimizer)

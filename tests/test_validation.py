@@ -41,8 +41,8 @@ def step(param, grad=None, **options):
     optimizer.step()
 
 
-def of(method, shape=2):
-    return Importance({"w": torch.ones(shape)}, method=method)
+def of(method, shape=2, value=1.0):
+    return Importance({"w": torch.full((shape,), value)}, method=method)
 
 
 def merged(**options):
@@ -51,6 +51,11 @@ def merged(**options):
 
 def writer(shapes):
     return ImportanceWriter(Path(tempfile.mkdtemp()) / "i.safetensors", shapes)
+
+
+def closed(target):
+    target.abort()
+    return target
 
 
 def twice(target):
@@ -415,6 +420,17 @@ REFUSED = {
     ),
     "file closed too early": (
         lambda c: writer({"w": (2,), "v": (1,)}).close(), ValueError, "'v', 'w' missing; add them",
+    ),
+    "file with a colon in a name": (
+        lambda c: writer({"w:scales": (2,)}), ValueError, "names without a colon, got 'w:scales'",
+    ),
+    "file that is closed": (lambda c: closed(writer({"w": (2,)})).add("w", p(2)), ValueError, "closed or aborted"),
+    "file of integers": (
+        lambda c: writer({"w": (2,)}).add("w", torch.ones(2, dtype=torch.int64)), TypeError, "'w'.*got torch.int64",
+    ),
+    "merge beyond float32": (
+        lambda c: of("mas", value=3e38).merged(of("mas", value=3e38)), ValueError,
+        r"'w': the result passes what float32 holds \(max inf\)",
     ),
     "merge rule": (lambda c: merged(rule="mean"), ValueError, "rule: expected one of 'sum', 'max', 'weighted'"),
     "merge weight without effect": (lambda c: merged(weight=0.5), ValueError, "no effect with rule='sum'.*'decayed'"),

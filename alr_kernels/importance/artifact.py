@@ -14,11 +14,12 @@ from ..codecs.encoded import Encoded
 from ..codecs.storage import fitting, parse
 from ..names import LayerBy, layer_of, unwrap
 from . import files
-from .statistics import TensorStats
+from .statistics import STATISTICS, TensorStats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAXIMUM = STATISTICS.index("max")
 MERGE_RULES = ("sum", "max", "weighted", "decayed")
 
 
@@ -35,7 +36,7 @@ class Importance(Mapping[str, "Tensor"]):
         xi: ξ of the denominator (in units of θ², or of the mean squared move when ``relative``); None if not used.
         relative: whether ξ was multiplied by each tensor's mean squared move.
         steps: optimizer steps that were integrated, or samples that were averaged.
-        normalized: whether it was scaled to mean 1.
+        normalized: whether it is in units of its mean: scaled to mean 1, or a part or a merger of such.
         stats: name → :class:`TensorStats`; computed from the tensors when left out.
 
     Raises:
@@ -231,14 +232,13 @@ class Importance(Mapping[str, "Tensor"]):
         factor = _validate.merge_weight(rule, weight)
         _validate.mergeable(self, other)
         weights = {"sum": (1.0, 1.0), "max": None, "weighted": (factor, 1.0 - factor), "decayed": (factor, 1.0)}[rule]
-        common = self._formats()[0]
+        common = (self._formats() or other._formats() or ["fp32"])[0]
         formats = {name: fitting(common, entry.shape) for name, entry in other._entries.items() if name not in self}
         result = self._combined(other, weights, formats)
-        if self.method != other.method:
-            result.method = f"{self.method}+{other.method}"
+        result.method = "+".join(dict.fromkeys([*self.method.split("+"), *other.method.split("+")]))
         if self.xi != other.xi or self.relative != other.relative:
             result.xi, result.relative = None, False
-        return result._with(result._stats, self.steps + other.steps, False)
+        return result._with(result._stats, self.steps + other.steps, self.is_normalized)
 
     def _combined(
         self, other: Importance | None, weights: tuple[float, float] | None, formats: Mapping[str, str]
@@ -256,6 +256,7 @@ class Importance(Mapping[str, "Tensor"]):
         stats = {}
         for name, row, histogram in zip(names, table, counts, strict=True):
             pair = [x._stats.get(name) if x is not None else None for x in (self, other)]
+            _validate.importance_range(name, float(row[MAXIMUM]))
             stats[name] = TensorStats.of_row(row, histogram, False)._replace(
                 path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in pair], pair),
                 negative_mass=_linear(weights, [past and past.negative_mass for past in pair], pair),

@@ -7,14 +7,14 @@ table is written at once and each tensor into its place as it comes: no more tha
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import math
 import os
-import platform
-import re
 import struct
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,7 +32,11 @@ from .statistics import BINS, STATISTICS, TensorStats, stacked
 if TYPE_CHECKING:
     from torch import Tensor
 
-HOST = re.sub(r"\W", "-", platform.node()) or "localhost"
+try:
+    import fcntl
+except ImportError:  # Windows: what killed writers leave stays
+    fcntl = None  # type: ignore[assignment]
+
 FORMAT = "alr_kernels.importance"
 FORMAT_VERSION = 2  # 1 was never released
 STATISTICS_NAME, HISTOGRAM_NAME, SCALES_SUFFIX = ":statistics", ":histogram", ":scales"  # ":" is in no parameter's name
@@ -134,13 +138,16 @@ class ImportanceWriter:
 
     def _open(self, path: str | os.PathLike[str], layout: Layout, about: About) -> None:
         self._target = _validate.importance_path(path)
+        _validate.file_names(layout)
         self._layout = layout
         self._stats: dict[str, TensorStats] = {}
         header, self._places = _header(layout, about)
-        self._scratch = self._target.with_name(f".{self._target.name}.{HOST}.{os.getpid()}.partial")
         _remove_abandoned(self._target)
+        handle, scratch = tempfile.mkstemp(".partial", f".{self._target.name}.", self._target.parent)
+        self._scratch = Path(scratch)
         self._size = max((end for _, end in self._places.values()), default=len(header))
-        self._file: Any = open(self._scratch, "w+b")  # noqa: SIM115 - closed by close() or abort()
+        self._file: Any = os.fdopen(handle, "w+b")
+        _lock(self._file.fileno())
         try:
             self._file.write(header)
             self._file.flush()
@@ -171,6 +178,10 @@ class ImportanceWriter:
         from .. import _ops
 
         name = unwrap(name)
+        if self._file is None:
+            _validate.closed_writer()
+        if not isinstance(importance, Encoded):
+            _validate.importance_tensor(name, importance)
         _validate.expected_entry(name, self._layout, self._stats)
         kept, shape = self._layout[name]
         given = importance if isinstance(importance, Encoded) else Encoded.dense(importance.detach())
@@ -205,18 +216,24 @@ class ImportanceWriter:
             self._put(HISTOGRAM_NAME, counts)
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+            os.umask(umask := os.umask(0o077))  # the only way to read it; a scratch file is private
+            os.fchmod(self._file.fileno(), 0o666 & ~umask)
             os.replace(self._scratch, self._target)
+            self._file.close()
             self._file = None
         finally:
             self.abort()
 
     def abort(self) -> None:
         """Give up and remove what was written; a file that was there stays. Does nothing after :meth:`close`."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        try:
             self._scratch.unlink(missing_ok=True)
+        finally:
+            with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk
+                file.close()
 
 
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -243,22 +260,23 @@ def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, i
     return struct.pack("<Q", len(text)) + text, {name: (start + a, start + b) for name, (a, b) in offsets.items()}
 
 
-def _remove_abandoned(target: Path) -> None:
-    """Remove what writers of this file left that were killed on this machine; those of others may be at work."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.{HOST}.*.partial"):
-        process = path.name.removesuffix(".partial").rpartition(".")[2]
-        if process.isdigit() and int(process) != os.getpid() and not _alive(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
+def _lock(handle: int) -> bool:
+    """Mark a file as being written, for other processes, until it is closed; whether nobody else has."""
+    if fcntl is None:
         return False
-    except OSError:  # somebody else's
-        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
     return True
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what writers of this file left that were killed: nobody holds its lock any more."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with contextlib.suppress(OSError), open(path, "rb") as left:
+            if _lock(left.fileno()):
+                path.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded], dict[str, TensorStats], About]:

@@ -60,7 +60,8 @@ def finalise(
         move_sq = (param.to(compute) - start.to(compute)).square()
         floor = xi
         if relative:  # ξ = ρ · mean((θ_end − θ_start)²)
-            floor = xi * float(move_sq.double().mean()) if move_sq.numel() else 0.0
+            moved = torch.where(torch.isfinite(move_sq), move_sq, 0.0)  # a weight that is lost counts as unmoved
+            floor = xi * float(moved.double().mean()) if moved.numel() else 0.0
         denominator = move_sq + floor  # 0 only where nothing moved and ξ is relative: no scale, hence Ω = 0
         importance = torch.where((path_integral > 0) & (denominator > 0), path_integral / denominator, 0.0)
         finite = torch.isfinite(path_integral) & torch.isfinite(importance)

@@ -29,6 +29,7 @@ def fisher_importance(
     batches: Iterable[Mapping[str, Any]],
     loss: Loss | None = None,
     *,
+    batched: bool = True,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     every: int | None = None,
@@ -49,6 +50,7 @@ def fisher_importance(
             All samples weigh the same, whatever batches they come in.
         loss: ``loss(model, batch)`` returns one number a sample, [n], or 0-dim: then samples are taken one at a time.
             None: the model's own loss of each sample, the mean over its labels other than -100.
+        batched: False takes the samples one at a time, whatever the model.
         progress: show a bar when standard error is a terminal.
         checkpoint: a file (.safetensors) of the sums so far, written every ``every`` batches and when the estimate is
             interrupted. Calling again with the same file, model and batches goes on from there, to the same bits; the
@@ -57,6 +59,7 @@ def fisher_importance(
         allow_nonfinite: give importance 0 to elements whose gradient was NaN or inf (counted in ``stats``).
 
     Raises:
+        RuntimeError: a later batch shows that batches are not what their samples are alone: use ``batched=False``.
         TypeError, ValueError: no batches, no trainable parameters, a batch that is not a dict of tensors with one first
             dimension; a loss or gradient that is not finite (which batch); a checkpoint of something else.
 
@@ -69,7 +72,8 @@ def fisher_importance(
     tensor([[5.]])
     """
     objective = OwnLoss() if loss is None else UserLoss(loss)
-    return _per_sample(model, batches, objective, 2, "fisher", progress, checkpoint, every, allow_nonfinite)
+    options = (batched, progress, checkpoint, every, allow_nonfinite)
+    return _per_sample(model, batches, objective, loss, 2, "fisher", *options)
 
 
 def mas_importance(
@@ -77,6 +81,7 @@ def mas_importance(
     batches: Iterable[Mapping[str, Any]],
     output: Loss | None = None,
     *,
+    batched: bool = True,
     progress: bool = True,
     checkpoint: str | PathLike[str] | None = None,
     every: int | None = None,
@@ -91,7 +96,7 @@ def mas_importance(
     Args:
         output: ``output(model, batch)`` returns f, [n, ...]; ‖f(x_n)‖² is then the sum over all but the first
             dimension. None: as above.
-        model, batches, progress, checkpoint, every, allow_nonfinite: as in :func:`fisher_importance`.
+        model, batches, batched, progress, checkpoint, every, allow_nonfinite: as in :func:`fisher_importance`.
 
     Raises:
         TypeError, ValueError: as :func:`fisher_importance`.
@@ -104,7 +109,8 @@ def mas_importance(
     >>> mas_importance(model, [{"input": torch.tensor([[1.0], [3.0]])}])["weight"]
     tensor([[20.]])
     """
-    return _per_sample(model, batches, OutputSize(output), 1, "mas", progress, checkpoint, every, allow_nonfinite)
+    options = (batched, progress, checkpoint, every, allow_nonfinite)
+    return _per_sample(model, batches, OutputSize(output), output, 1, "mas", *options)
 
 
 def magnitude_gradient_importance(
@@ -160,7 +166,7 @@ def magnitude_gradient_importance(
         for key, grad in found.items():
             partial.sums[key].add_(grad.abs())
 
-    file = _resumed(checkpoint, every, "magnitude_gradient", model, partial)
+    file = _resumed(checkpoint, every, "magnitude_gradient", model, loss, partial)
     with evaluated(model):
         sweep_over(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
     nonfinite = _cleared(partial.sums)
@@ -174,8 +180,10 @@ def _per_sample(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     objective: Objective,
+    of: Loss | None,
     power: int,
     method: str,
+    batched: bool,
     progress: bool,
     checkpoint: str | PathLike[str] | None,
     every: int | None,
@@ -185,8 +193,8 @@ def _per_sample(
     _validate_estimators.model(name, model)
     _validate_estimators.batches(name, batches)
     partial = Partial.of(model)
-    file = _resumed(checkpoint, every, method, model, partial)
-    step = SampleStep(model, objective, power, partial, name, allow_nonfinite)
+    file = _resumed(checkpoint, every, method, model, of, partial)
+    step = SampleStep(model, objective, power, partial, name, allow_nonfinite, batched)
     with evaluated(model):
         sweep_over(batches, step, partial, name, file, progress=progress, allow_nonfinite=allow_nonfinite)
     nonfinite = _cleared(partial.sums)
@@ -196,14 +204,19 @@ def _per_sample(
 
 
 def _resumed(
-    path: str | PathLike[str] | None, every: int | None, method: str, model: nn.Module, partial: Partial
+    path: str | PathLike[str] | None,
+    every: int | None,
+    method: str,
+    model: nn.Module,
+    of: Loss | None,
+    partial: Partial,
 ) -> Checkpoint | None:
     """Return the checkpoint, having read into ``partial`` what it holds."""
     if path is None:
         if every is not None:
             _validate_estimators.every_without_checkpoint()
         return None
-    checkpoint = Checkpoint(path, EVERY if every is None else every, method, model)
+    checkpoint = Checkpoint(path, EVERY if every is None else every, method, model, of)
     checkpoint.load(partial)
     return checkpoint
 

@@ -25,6 +25,13 @@ class Objective(Protocol):
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the number of a batch of one sample, 0-dim."""
 
+    def another(self) -> bool:
+        """Give up the rule by which a batch is taken apart; whether there is another to try."""
+
+
+class NotYet(NotBatchable):
+    """This batch cannot tell how batches are taken apart; the next one may."""
+
 
 def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return (sum of cross-entropies [n], number of labels [n]) of logits [n, t, classes] and labels [n, t]."""
@@ -52,7 +59,8 @@ def _per_sequence(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | Non
     return _token_losses(logits[:, None], labels[:, None])
 
 
-RULES = {
+Rule = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor] | None"]
+RULES: dict[str, Rule] = {
     "cross-entropy of the next token": _causal,
     "cross-entropy of each token": _per_token,
     "cross-entropy of each sequence": _per_sequence,
@@ -63,7 +71,9 @@ class OwnLoss:
     """The model's own loss of each sample alone: the mean over the sample's labels other than −100."""
 
     def __init__(self) -> None:
-        self._rule: Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None = None
+        self._rule: Rule | None = None
+        self._refuted: set[Rule] = set()
+        self._left = 0  # rules that the last choice left over
 
     def of_samples(self, model: nn.Module, batch: Batch, samples: int) -> Tensor:
         outputs = model(**batch)
@@ -71,17 +81,37 @@ class OwnLoss:
         logits, labels = _get(outputs, "logits"), batch.get("labels")
         if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or labels.is_floating_point():
             raise NotBatchable("the model's loss is not that of `logits` and integer `labels`")
+        if self._rule is None:
+            return self._chosen(logits, labels, float(loss.detach()))
+        found = self._rule(logits, labels)
+        if found is None:
+            raise NotBatchable("`logits` or `labels` have another shape than in the batches before")
+        return found[0] / found[1]
+
+    def _chosen(self, logits: Tensor, labels: Tensor, own: float) -> Tensor:
+        """Return each sample's loss by the rule whose mean over all labels is nearest to the model's own."""
         close = 1e-4 if logits.dtype in (torch.float32, torch.float64) else 2e-2
-        for rule in RULES.values() if self._rule is None else (self._rule,):
-            found = rule(logits, labels)
-            if found is None:
-                continue
-            sums, counts = found
-            mean, own = float(sums.detach().sum() / counts.sum()), float(loss.detach())
-            if abs(mean - own) <= close * abs(own) or own != own:
-                self._rule = rule
-                return sums / counts
-        raise NotBatchable(f"the model's loss is none of these: {'; '.join(RULES)}")
+        fitting = []
+        for rule in RULES.values():
+            found = None if rule in self._refuted else rule(logits, labels)
+            if found is not None:
+                apart = abs(float(found[0].detach().sum() / found[1].sum()) - own)
+                if not apart > close * abs(own):  # NaN fits everything
+                    fitting.append((apart, rule, found[0] / found[1]))
+        if not fitting:
+            raise NotBatchable(f"the model's loss is none of these: {'; '.join(RULES)}")
+        if own != own:
+            raise NotYet("the model's loss is not finite")
+        _, self._rule, losses = min(fitting, key=lambda entry: entry[0])
+        self._left = len(fitting) - 1
+        return losses
+
+    def another(self) -> bool:
+        if self._rule is None or not self._left:
+            return False
+        self._refuted.add(self._rule)
+        self._rule = None
+        return True
 
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
         return _validate_estimators.own_loss(model(**batch))
@@ -106,6 +136,9 @@ class UserLoss:
             _validate_estimators.one_a_sample("loss", values, 1)
         return values.reshape(())
 
+    def another(self) -> bool:
+        return False
+
 
 class OutputSize:
     """‖f(x_n)‖²: Σ over the outputs, and its mean over a sequence's tokens whose attention mask is not 0."""
@@ -126,7 +159,8 @@ class OutputSize:
         _validate_estimators.rows_of_samples(logits, samples)
         wide = logits if logits.dtype == torch.float64 else logits.float()
         sizes = wide.square().sum(-1) if wide.dim() > 1 else wide.square()  # [n] or [n, tokens]
-        for key in ("decoder_attention_mask", "attention_mask"):
+        decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)  # outputs are the decoder's
+        for key in ("decoder_attention_mask",) if decodes else ("decoder_attention_mask", "attention_mask"):
             mask = batch.get(key)
             if sizes.dim() == 2 and isinstance(mask, Tensor) and mask.shape == sizes.shape:
                 kept = (mask != 0).to(sizes.dtype)
@@ -135,6 +169,9 @@ class OutputSize:
 
     def of_one(self, model: nn.Module, batch: Batch) -> Tensor:
         return self.of_samples(model, batch, 1).reshape(())
+
+    def another(self) -> bool:
+        return False
 
 
 def _get(outputs: Any, key: str) -> Any:

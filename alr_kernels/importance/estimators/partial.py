@@ -29,8 +29,8 @@ class Partial:
     batches: int = 0
     samples: int = 0
     digest: str = ""  # of all batches so far
+    at_once: int = 0  # samples that were added together with others
     one_by_one: str = ""  # why samples are taken one by one, or '' while they are not
-    checked: int = 0  # samples of the largest batch on which batched sums were compared with those one by one
 
     @classmethod
     def of(cls, model: nn.Module) -> Partial:
@@ -63,7 +63,7 @@ def batch_digest(previous: str, batch: Mapping[str, Any]) -> str:
 class Checkpoint:
     """The file of partial sums: written atomically, and read again only by the same estimate on the same data."""
 
-    def __init__(self, path: str | os.PathLike[str], every: int, method: str, model: nn.Module) -> None:
+    def __init__(self, path: str | os.PathLike[str], every: int, method: str, model: nn.Module, of: Any) -> None:
         _validate.count("every", every)
         self.path = _validate.importance_path(path)
         self.every = every
@@ -71,6 +71,7 @@ class Checkpoint:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "method": method,
+            "objective": getattr(of, "__qualname__", type(of).__name__),
             "weights": content_fingerprint(dict(model.named_parameters())),
         }
 
@@ -91,7 +92,7 @@ class Checkpoint:
             ) from error
         if about.get("format") == IMPORTANCE_FORMAT:
             _validate_estimators.is_importance(path)
-        for key in ("format", "format_version", "method"):
+        for key in ("format", "format_version", "method", "objective"):
             _validate_estimators.partial_field(path, key, about.get(key), self._about[key])
         shapes = [{name: tuple(tensor.shape) for name, tensor in each.items()} for each in (sums, partial.sums)]
         _validate_estimators.partial_names(path, *shapes)
@@ -100,13 +101,13 @@ class Checkpoint:
             tensor.copy_(sums[name])
         partial.batches, partial.samples = int(about["batches"]), int(about["samples"])
         partial.digest, partial.one_by_one = about["digest"], about["one_by_one"]
-        partial.checked = int(about["checked"])
+        partial.at_once = int(about["at_once"])
 
     def save(self, partial: Partial) -> None:
         """Write the sums; a reader sees the old file or the whole new one."""
         from safetensors.torch import save_file
 
-        state = {key: str(getattr(partial, key)) for key in ("batches", "samples", "digest", "one_by_one", "checked")}
+        state = {key: str(getattr(partial, key)) for key in ("batches", "samples", "digest", "at_once", "one_by_one")}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in partial.sums.items()}
         scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
         try:

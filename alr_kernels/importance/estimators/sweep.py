@@ -6,16 +6,16 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial as bound
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ... import _validate_estimators
-from .objectives import Batch, Objective
+from .objectives import Batch, NotYet, Objective
 from .partial import Checkpoint, Partial, batch_digest
 from .per_sample import NotBatchable, PerSample
 
@@ -138,7 +138,8 @@ def gradients(compute: Callable[[], Tensor], params: Mapping[str, Tensor]) -> tu
         if "heckpoint" not in str(error):
             raise
         return _gradients_by_backward(compute, params)  # re-entrant checkpointing refuses autograd.grad
-    return value.detach(), {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+    dense = (grad if grad is None or grad.layout is torch.strided else grad.to_dense() for grad in found)
+    return value.detach(), {name: grad for name, grad in zip(params, dense, strict=True) if grad is not None}
 
 
 def _gradients_by_backward(
@@ -160,12 +161,21 @@ def _gradients_by_backward(
 class SampleStep:
     """Add Σ_n |g_n|^power of a batch: all samples at once where that is exact, else one by one.
 
-    Batched sums are compared with those of plain autograd, sample by sample, on the first two samples, before any of
-    them counts: interactions between samples, weights used outside their module, rules that do not fit all show there.
+    What is taken at once is compared with the samples alone before it counts, on the first batch and on every 8th,
+    64th, 512th …: the numbers of a batch with those of its halves, and the sums of two samples that differ with plain
+    autograd's of each. Interactions between samples, weights used outside their module, rules that do not fit show
+    there. A batch by which nothing can be compared is taken one by one.
     """
 
     def __init__(
-        self, model: nn.Module, objective: Objective, power: int, partial: Partial, name: str, allow_nonfinite: bool
+        self,
+        model: nn.Module,
+        objective: Objective,
+        power: int,
+        partial: Partial,
+        name: str,
+        allow_nonfinite: bool,
+        batched: bool,
     ) -> None:
         self._model = model
         self._objective = objective
@@ -175,6 +185,9 @@ class SampleStep:
         self._check_numbers = not allow_nonfinite
         self._params = {key: param for key, param in model.named_parameters() if param.requires_grad}
         self._batched: PerSample | None = None
+        self._compared = False
+        if not batched:
+            return
         if partial.one_by_one:
             self._one_by_one(NotBatchable(partial.one_by_one))
             return
@@ -185,24 +198,48 @@ class SampleStep:
 
     def __call__(self, index: int, batch: Batch, samples: int, started: Callable[[], None]) -> None:
         """Add a batch."""
-        writing = False
+        if self._batched is not None and self._fits(self._batched, index, batch, samples):
+            written = False
 
-        def begin() -> None:
-            nonlocal writing
-            writing = True
-            started()
+            def begin() -> None:
+                nonlocal written
+                written = True
+                started()
 
-        if self._batched is not None:
             try:
-                if self._partial.checked < min(samples, 2):
-                    self._compare(index, batch, min(samples, 2))
                 self._add_batch(self._batched, index, batch, samples, begin)
+                self._partial.at_once += samples if samples > 1 else 0
                 return
             except NotBatchable as reason:
-                if writing:  # never seen: what shows in the backward pass shows in the comparison
-                    raise RuntimeError(f"batch {index}: {reason}, unlike in the batches before.") from reason
+                if written:  # never seen: what shows in the backward pass shows in the comparison
+                    self._refuse(index, reason)
                 self._one_by_one(reason)
         self._add_samples(index, batch, samples, self._partial.sums, 1.0, started)
+
+    def _fits(self, batched: PerSample, index: int, batch: Batch, samples: int) -> bool:
+        """Whether a batch may be taken at once; compares where that is due."""
+        if self._compared and not _is_power_of_8(index):
+            return True
+        while True:
+            try:
+                compared = self._compare(batched, index, batch, samples)
+                self._compared |= compared and samples > 1  # a single one cannot interact
+                return compared
+            except NotYet:
+                return False
+            except NotBatchable as reason:
+                if self._objective.another():
+                    continue
+                if self._partial.at_once:
+                    self._refuse(index, reason)
+                self._one_by_one(reason)
+                return False
+
+    def _refuse(self, index: int, reason: NotBatchable) -> NoReturn:
+        raise RuntimeError(
+            f"{self._name}, batch {index}: {reason}. Earlier batches did not show it, and their sums may be wrong: "
+            "start again with batched=False."
+        ) from reason
 
     def _one_by_one(self, reason: NotBatchable) -> None:
         self._batched = None
@@ -234,7 +271,7 @@ class SampleStep:
     ) -> Tensor:
         values = []
         for n in range(samples):
-            sample = slice_of(batch, n, n + 1)
+            sample = rows_of(batch, samples, [n])
             value, found = gradients(bound(self._objective.of_one, self._model, sample), self._params)
             if self._check_numbers:
                 _validate_estimators.finite_numbers(index, n, value)
@@ -248,19 +285,20 @@ class SampleStep:
             values.append(value)
         return torch.stack(values)
 
-    def _compare(self, index: int, batch: Batch, samples: int) -> None:
-        """Raise NotBatchable unless both ways give the same on the first samples of a batch."""
-        sums = self._partial.sums
+    def _compare(self, batched: PerSample, index: int, batch: Batch, samples: int) -> bool:
+        """Raise NotBatchable unless a batch gives what its samples give alone; whether anything could be compared."""
+        narrow = batched.narrow or any(p.dtype in (torch.bfloat16, torch.float16) for p in self._params.values())
+        tolerance, epsilon = (0.2, 2.0**-8) if narrow else (1e-3, 2.0**-23)
+        self._compare_numbers(batch, samples, tolerance / 4)
+        sums, chosen = self._partial.sums, _two_that_differ(batch, samples)
         kept = {} if self._partial.samples == 0 else {name: tensor.clone() for name, tensor in sums.items()}
-        batched, few = self._batched, slice_of(batch, 0, samples)
-        assert batched is not None
         for tensor in sums.values():
             tensor.zero_()
         try:
-            one_by_one = self._add_samples(index, few, samples, sums, -1.0, lambda: None)
+            self._add_samples(index, rows_of(batch, samples, chosen), len(chosen), sums, -1.0, lambda: None)
             sizes = {name: _largest(tensor) for name, tensor in sums.items()}
             try:
-                together = self._add_batch(batched, index, few, samples, lambda: None)
+                self._add_batch(batched, index, rows_of(batch, samples, chosen), len(chosen), lambda: None)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as failure:  # one by one it works: what fails is that weights need no gradient here
@@ -271,31 +309,57 @@ class SampleStep:
                 tensor.copy_(kept[name]) if kept else tensor.zero_()
         largest = max(sizes.values(), default=0.0)
         if not all(map(math.isfinite, errors.values())) or not largest:
-            return  # nothing to compare by: the next batch tells
-        narrow = batched.narrow or any(
-            param.dtype in (torch.bfloat16, torch.float16) for param in self._params.values()
-        )
-        tolerance, epsilon = (0.2, 2.0**-8) if narrow else (1e-3, 2.0**-23)
-        loss_error = float((one_by_one - together).abs().max() / one_by_one.abs().max().clamp(min=1e-6))
-        if loss_error > tolerance / 4:
-            raise NotBatchable(
-                "samples of a batch do not have the losses that they have alone: they interact, or the loss of one "
-                "sample is not its part of the batch's"
-            )
+            return False
         # A gradient that is zero but for rounding differs freely: measured by the largest of all.
         floor = (8 * epsilon) ** self._power * largest
         for name, error in errors.items():
             if not error <= tolerance * sizes[name] + floor:
                 raise NotBatchable(f"per-sample gradients of {name!r} differ from those of each sample alone")
-        self._partial.checked = samples
+        return True
+
+    def _compare_numbers(self, batch: Batch, samples: int, tolerance: float) -> None:
+        """Raise NotBatchable when a batch's numbers are others in the company of half of the samples, or alone."""
+        middle = (samples + 1) // 2
+        parts = [range(samples), range(middle), range(middle, samples)]
+        with torch.enable_grad():  # a loss may differentiate
+            numbers = [
+                self._objective.of_samples(self._model, rows_of(batch, samples, part), len(part)).detach().double()
+                for part in parts
+                if part
+            ]
+        apart = (numbers[0] - torch.cat(numbers[1:])).abs().nan_to_num(0.0)
+        if float(apart.max()) > tolerance * max(float(numbers[0].abs().nan_to_num(0.0).max()), 1e-6):
+            raise NotBatchable(
+                "samples of a batch do not have the losses that they have in another one: they interact, or the loss "
+                "of one sample is not its part of the batch's"
+            )
+
+
+def _is_power_of_8(index: int) -> bool:
+    return index >= 8 and index & (index - 1) == 0 and index.bit_length() % 3 == 1
+
+
+def _two_that_differ(batch: Batch, samples: int) -> list[int]:
+    """Return the first sample and the first that differs from it in any tensor, else the last one."""
+    if samples == 1:
+        return [0]
+    rows = [value.reshape(samples, -1) for value in batch.values() if isinstance(value, Tensor) and value.dim()]
+    other = torch.stack([(row != row[:1]).any(1).cpu() for row in rows]).any(0).nonzero().flatten().tolist()
+    return [0, other[0] if other else samples - 1]
 
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def slice_of(batch: Batch, begin: int, end: int) -> dict[str, Any]:
-    """Return some samples of a batch."""
-    return {
-        key: value[begin:end] if isinstance(value, Tensor) and value.dim() else value for key, value in batch.items()
-    }
+def rows_of(batch: Batch, samples: int, rows: Sequence[int]) -> dict[str, Any]:
+    """Return copies of some of a batch's samples; lists and tuples with an entry a sample are taken apart as well."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            return value[list(rows)]
+        if isinstance(value, (list, tuple)) and len(value) == samples:
+            return type(value)([value[row] for row in rows])
+        return value
+
+    return {key: part(value) for key, value in batch.items()}
