@@ -232,23 +232,9 @@ def fisher_linear_eager(importance: Tensor, deltas: Tensor, inputs: Tensor, scal
         deltas, inputs = deltas.float(), inputs.float()
     dense = importance.contiguous()
     deltas, inputs = (tensor.resolve_neg().contiguous() for tensor in (deltas, inputs))
-    if deltas.shape[1] == 1 and power == 2:
-        deltas, inputs = _balanced(deltas, inputs)
     importance_native.fisher_linear_(dense, deltas, inputs, scale, power)
     if dense is not importance:
         importance.copy_(dense)
-
-
-def _balanced(deltas: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale both by powers of two that cancel, so that their largest magnitudes are alike.
-
-    With one token a sample the kernels square δ and x before they multiply: a small δ's square alone would underflow.
-    """
-    if not deltas.numel() or not inputs.numel() or deltas.dtype is torch.float16:
-        return deltas, inputs
-    peaks = [tensor.abs().amax().float().clamp(1e-30, 1e30) for tensor in (deltas, inputs)]
-    factor = torch.exp2(torch.round((torch.log2(peaks[1]) - torch.log2(peaks[0])) / 2))
-    return (deltas * factor).to(deltas.dtype), (inputs / factor).to(inputs.dtype)
 
 
 def step_(

@@ -150,6 +150,8 @@ def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: fl
     All three are contiguous and on one device, δ and x of one dtype, Ω float32.
     """
     samples, tokens, rows = deltas.shape
+    if tokens == 1 and power == 2:
+        deltas, inputs = _balanced(deltas, inputs)
     operands = (
         importance.data_ptr(),
         deltas.data_ptr(),
@@ -168,3 +170,15 @@ def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: fl
         stream = torch.cuda.current_stream(importance.device).cuda_stream
         _C.fisher_linear_cuda(*operands, importance.device.index, stream)
     mutated([importance])
+
+
+def _balanced(deltas: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale both by powers of two that cancel, so that their largest magnitudes are alike.
+
+    With one token a sample the kernels square δ and x before they multiply: a small δ's square alone would underflow.
+    """
+    if not deltas.numel() or not inputs.numel() or deltas.dtype is torch.float16:
+        return deltas, inputs
+    peaks = [tensor.abs().amax().float().clamp(1e-30, 1e30) for tensor in (deltas, inputs)]
+    factor = torch.exp2(torch.round((torch.log2(peaks[1]) - torch.log2(peaks[0])) / 2))
+    return (deltas * factor).to(deltas.dtype), (inputs / factor).to(inputs.dtype)
