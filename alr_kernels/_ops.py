@@ -106,15 +106,10 @@ def step_eager(
 
 
 @torch.no_grad()
-def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (codes, scales) of Ω; see ``codecs/reference.py``."""
-    return _codec(importance.device, importance.dtype).encode_importance(importance, bits)
-
-
-@torch.no_grad()
 def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
     """Return Ω as float32; see ``codecs/reference.py``."""
-    return _codec(codes.device, torch.float32).decode_importance(codes, scales, bits)
+    found = importance_backends(codes.device.type, torch.float32)["native"]
+    return (codecs_reference if found else codecs_native).decode_importance(codes, scales, bits)
 
 
 def decoded(importance: Encoded) -> Tensor:
@@ -122,10 +117,6 @@ def decoded(importance: Encoded) -> Tensor:
     if importance.scales is None:
         return importance.values
     return decode_importance(importance.values, importance.scales, CODES[importance.format])
-
-
-def _codec(device: torch.device, dtype: torch.dtype) -> Any:
-    return codecs_reference if importance_backends(device.type, dtype)["native"] else codecs_native
 
 
 @torch.no_grad()

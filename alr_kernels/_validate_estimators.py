@@ -123,6 +123,12 @@ def partial_names(path: str, found: Mapping[str, tuple[int, ...]], wanted: Mappi
         )
 
 
+def partial_damaged(path: str, error: Exception) -> NoReturn:
+    raise ValueError(
+        f"checkpoint {path!r}: expected partial sums, got {error}; it is truncated or damaged, delete it."
+    ) from error
+
+
 def is_importance(path: str) -> NoReturn:
     raise ValueError(f"checkpoint {path!r}: this file is a finished importance; choose another path for partial sums.")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from . import _validate
+from . import _validate, _validate_importance
 from .names import LayerBy, layer_of
 
 if TYPE_CHECKING:
@@ -73,12 +73,12 @@ def layer_norms(importance: Mapping[str, Tensor], by: LayerBy = "block") -> dict
     squares: dict[str, float] = {}
     for name in importance:
         if not stats:
-            _validate.importance_values(name, importance[name])
+            _validate_importance.importance_values(name, importance[name])
         norm = stats[name].l2 if stats else float(importance[name].double().norm())
         layer = layer_of(name, by)
         squares[layer] = squares.get(layer, 0.0) + norm * norm
     for layer, square in squares.items():
-        _validate.finite_norm(layer, square)
+        _validate_importance.finite_norm(layer, square)
     return {layer: math.sqrt(square) for layer, square in squares.items()}
 
 
@@ -115,7 +115,7 @@ def layer_coefficients(
     _validate.choice("rule", rule, RULES)
     _validate.choice("by", by, ("block", "module"))
     norms = layer_norms(importance, by)
-    _validate.some_importance(norms)
+    _validate_importance.some_importance(norms)
     used: float | None = None
     if rule == "uniform":
         values = dict.fromkeys(norms, 1.0 / len(norms))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _ops, _validate
+from . import _ops, _validate, _validate_importance
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
@@ -147,11 +147,11 @@ class AlrAdamW(Readings):
         if master != "none":
             _validate.master(param for _, _, param in self._members())
         if importance is None and not record and (importance_dtype is not None or anchor_dtype is not None):
-            _validate.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")
+            _validate_importance.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")
         self._use(importance, coeffs)
         if anchor is not None:
             if self._penalty is None:
-                _validate.needs_importance("anchor")
+                _validate_importance.needs_importance("anchor")
             named = {slot.name: param for _, slot, param in self._members()}
             self._anchor = _state.named_anchor(anchor, {n: named[n] for n in self._penalty.summary})
 
@@ -186,7 +186,7 @@ class AlrAdamW(Readings):
         entries = _state.named_importance(importance, names, [param for _, _, param in members], named)
         if entries is None:
             if not isinstance(coeffs, str):
-                _validate.needs_importance("coeffs")
+                _validate_importance.needs_importance("coeffs")
             _validate.choice("coeffs", coeffs, RULES)
             self._penalty, self._balance = None, None
         else:
@@ -227,7 +227,7 @@ class AlrAdamW(Readings):
             ValueError: there is no importance, or the layers do not fit.
         """
         if self._penalty is None:
-            _validate.needs_importance("set_coeffs")
+            _validate_importance.needs_importance("set_coeffs")
         self._weigh(self._penalty, coeffs)
         self._coeffs_choice = coeffs
 

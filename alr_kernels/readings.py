@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import _validate, penalty
+from . import _validate, _validate_importance, penalty
 from . import state as _state
 from .importance.recorder import Recording
 from .names import layer_of
@@ -136,7 +136,7 @@ class Readings(Stepping):
 
     def _recording(self) -> Recording:
         steps = self.recorded_steps
-        _validate.recording(self.record, steps > 0)
+        _validate_importance.recording(self.record, steps > 0)
         members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
         names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
         weights = [_state.whole(param, state) for param, state in zip(params, states, strict=True)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ops, _validate
+from . import _ops, _validate, _validate_importance
 from .codecs import reference as codecs
 from .codecs import rounding
 from .codecs.encoded import Encoded
@@ -67,9 +67,9 @@ class Penalty:
         summary, largest = Summary(importance.stats), {}
         for name in summary:
             values, scales, _ = importance.encoded(name)
-            largest[name] = _validate.importance_values(name, values if scales is None else scales)
+            largest[name] = _validate_importance.importance_values(name, values if scales is None else scales)
         sums = {name: row.mean * row.numel for name, row in summary.items()}
-        _validate.some_importance(sums)
+        _validate_importance.some_importance(sums)
         return cls(summary, importance.content_fingerprint, sums, largest)
 
     def weigh(self, coeffs: str | Mapping[str, float] | DynamicCoeffs, normalize: bool) -> dict[str, float]:
@@ -82,7 +82,7 @@ class Penalty:
         normalizer = 1.0
         if normalize:
             weighted = sum(alpha[name] * total for name, total in self.sums.items())
-            _validate.some_importance({"coeffs · importance": weighted})
+            _validate_importance.some_importance({"coeffs · importance": weighted})
             normalizer = weighted / self.numel
         self.coeffs = resolved
         return {name: 2.0 * value / normalizer for name, value in alpha.items()}
@@ -107,7 +107,7 @@ def named_importance(
     """Turn the user's importance (artifact, mapping or aligned sequence) into one that fits the parameters."""
     if importance is None:
         return None
-    _validate.importance_form(importance)
+    _validate_importance.importance_form(importance)
     if isinstance(importance, Mapping):
         if not are_named:
             _validate.named_for_mapping("importance")
@@ -115,7 +115,7 @@ def named_importance(
     else:
         _validate.sequence_length("importance", len(importance), len(params))
         entries = Importance({name: t for name, t in zip(names, importance, strict=True) if t is not None})
-    _validate.importance_fits(
+    _validate_importance.importance_fits(
         {name: entries.encoded(name).shape for name in entries},
         {name: param.shape for name, param in zip(names, params, strict=True)},
     )

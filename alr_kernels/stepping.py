@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _validate
+from . import _validate, _validate_importance
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
@@ -59,7 +59,7 @@ class Stepping(Optimizer):
             if self.capturable:
                 _validate.capturable(slot.name, param)
             if slot.importance is not None:
-                _validate.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
+                _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
         for _, slot, param in members:
             slot.dtype = param.dtype
             record = self.record and param.requires_grad

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common.h"
+#include "codec_math.h"
 
 namespace alr {
 
@@ -22,6 +22,11 @@ struct FisherTensor {
 
 // What becomes of one number: kSquare and kMagnitude are the powers.
 enum Term : int { kIdentity = 0, kMagnitude = 1, kSquare = 2 };
+
+template <typename F>
+ALR_HOST_DEVICE F raised(F x, Term term) {
+  return term == kSquare ? x * x : term == kMagnitude ? magnitude(x) : x;
+}
 
 // With one token a sample |delta x|^p = |delta|^p |x|^p: the samples become the tokens of one sample, whose operands
 // are raised when they are read and whose product is taken as it is.
@@ -46,7 +51,8 @@ struct FisherTile {
   int64_t columns;
 };
 
-// One copy an instruction set; tiles begin at multiples of fisher_row_step() rows; scratch: [fisher_scratch(...)] floats, aligned to 64 bytes.
+// One copy an instruction set; tiles begin at multiples of fisher_row_step() rows; scratch: [fisher_scratch(...)] floats,
+// aligned to 64 bytes.
 #define ALR_DECLARE_FISHER(NAMESPACE)                                                       \
   namespace NAMESPACE {                                                                     \
   int64_t fisher_row_step();                                                                \

@@ -22,11 +22,6 @@ constexpr int64_t kDepth = 128;
 
 int64_t panels(int64_t size, int64_t width) { return (size + width - 1) / width; }
 
-template <Term kTerm, typename F>
-ALR_HOST_DEVICE F raised(F x) {
-  return kTerm == kSquare ? x * x : kTerm == kMagnitude ? magnitude(x) : x;
-}
-
 ALR_HOST_DEVICE V load_vector(const float* from) { return load_float(from); }
 ALR_HOST_DEVICE V load_vector(const BFloat16* from) { return load_bfloat16(from); }
 ALR_HOST_DEVICE V load_vector(const Float16* from) { return load_float16(from); }
@@ -40,11 +35,11 @@ void pack(const T* from, int64_t stride, int64_t tokens, int64_t size, float* to
       const T* row = from + t * stride + begin;
       float* out = to + t * kWidth;
       if (kWidth % kLanes == 0 && left >= kWidth) {
-        for (int j = 0; j < kWidth; j += kLanes) store_float(out + j, raised<kTerm>(load_vector(row + j)));
+        for (int j = 0; j < kWidth; j += kLanes) store_float(out + j, raised(load_vector(row + j), kTerm));
       } else if (left >= kWidth) {
-        for (int j = 0; j < kWidth; ++j) out[j] = raised<kTerm>(load(row[j]));
+        for (int j = 0; j < kWidth; ++j) out[j] = raised(load(row[j]), kTerm);
       } else {
-        for (int j = 0; j < kWidth; ++j) out[j] = j < left ? raised<kTerm>(load(row[j])) : 0.0f;
+        for (int j = 0; j < kWidth; ++j) out[j] = j < left ? raised(load(row[j]), kTerm) : 0.0f;
       }
     }
   }
@@ -103,7 +98,7 @@ void micro(const float* deltas, const float* inputs, int64_t tokens, const Part&
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) {
         float* at = target.importance + i * target.stride + j * kLanes;
-        store_float(at, load_float(at) + scale * raised<kTerm>(sums.at[i][j]));
+        store_float(at, load_float(at) + scale * raised(sums.at[i][j], kTerm));
       }
     }
     return;
@@ -116,7 +111,7 @@ void micro(const float* deltas, const float* inputs, int64_t tokens, const Part&
   if (!part.last) return;
   for (int64_t i = 0; i < target.rows; ++i) {
     for (int64_t j = 0; j < target.columns; ++j) {
-      target.importance[i * target.stride + j] += target.scale * raised<kTerm>(part.kept[i * kColumns + j]);
+      target.importance[i * target.stride + j] += target.scale * raised(part.kept[i * kColumns + j], kTerm);
     }
   }
 }

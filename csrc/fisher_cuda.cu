@@ -17,10 +17,6 @@ constexpr int64_t kManyTiles = 128;  // from here on large tiles still give ever
 template <int kTile>
 constexpr int kThreads = (kTile / kPerThread) * (kTile / kPerThread);
 
-__device__ __forceinline__ float raised(float x, Term term) {
-  return term == kSquare ? x * x : term == kMagnitude ? fabsf(x) : x;
-}
-
 // One operand's part of a stage as this thread carries it: packs of 16 bytes.
 template <typename T, int kTile>
 struct Carried {

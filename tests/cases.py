@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from alr_kernels import AlrAdamW, _ops
+from alr_kernels.codecs.encoded import Encoded
 from alr_kernels.step.plan import HYPER as HYPER_NAMES
 from alr_kernels.step.plan import MASTERS, Numbers, Operands, Options
 
@@ -383,3 +384,9 @@ def tiny_optimizer(model, seed=1, **options):
     """Return an AlrAdamW with importance everywhere, penalty and decay on."""
     options = {"lr": 1e-2, "weight_decay": 0.1, "reg_lambda": 3.0} | options
     return AlrAdamW(model.named_parameters(), random_importance(model, seed), **options)
+
+
+def encoded(importance, bits, merge=_ops.merge):
+    """Return (codes, scales) of Ω by the op that everything is encoded with: merging with nothing."""
+    (found,), *_ = merge([Encoded.dense(importance.contiguous())], [None], [f"int{bits}"], (1.0, 0.0))
+    return found.values, found.scales

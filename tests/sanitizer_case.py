@@ -4,6 +4,7 @@ import torch
 
 from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
 from alr_kernels.codecs import native as codecs
+from alr_kernels.codecs.encoded import Encoded
 
 
 def main() -> None:
@@ -46,7 +47,9 @@ def encoded(dtype: torch.dtype) -> None:
     for weights in ((0.5, 1.0), None):
         _ops.merge(found, [x._replace(values=v) for x, v in zip(found, again, strict=True)], formats, weights)
         _ops.merge(found, [None] * len(found), ["bf16", "int4", "fp32", "fp32", "int8"], weights)
-    codecs.decode_importance(*_ops.encode_importance(torch.rand(65, 128, device="cuda"), 4), 4)
+    dense = Encoded.dense(torch.rand(65, 128, device="cuda"))
+    (coded,), *_ = _ops.merge([dense], [None], ["int4"], (1.0, 0.0))
+    codecs.decode_importance(coded.values, coded.scales, 4)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import math
 import oracle
 import pytest
 import torch
-from cases import BF16, F32, TOLERANCES, same_bits, ulp
+from cases import BF16, F32, TOLERANCES, encoded, same_bits, ulp
 from hypothesis import given
 from hypothesis import strategies as st
 
 from alr_kernels.codecs import native, rounding
 from alr_kernels.codecs import reference as codecs
+from alr_kernels.importance import native as importance_native
 
 KINDS = tuple(oracle.CODES)
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -231,7 +232,7 @@ def test_native_importance_codes_are_the_references(bits):
     for values in (edges, *(random_values("importance 8", (33, 384), spread) for spread in (0.1, 3.0, 12.0))):
         for importance in (values, values.to(BF16)):
             expected = codecs.encode_importance(importance, bits)
-            assert all(map(same_bits, native.encode_importance(importance, bits), expected))
+            assert all(map(same_bits, encoded(importance, bits, importance_native.merge), expected))
             assert same_bits(native.decode_importance(*expected, bits), codecs.decode_importance(*expected, bits))
 
 

@@ -183,7 +183,7 @@ def test_merge_is_the_references(weights, shape, kinds, capability):
 
 def test_encoding_again_is_merging_with_nothing(capability):
     values = torch.rand(3, 256)
-    codes, scales = _ops.encode_importance(values, 4)
+    codes, scales = codecs.encode_importance(values, 4)
     (found,), *_ = _ops.merge([None], [Encoded.dense(values)], ["int4"], (0.0, 1.0))
     assert same_bits(found.values, codes)
     assert same_bits(found.scales, scales)

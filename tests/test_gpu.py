@@ -8,6 +8,7 @@ import torch
 from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
 from alr_kernels.codecs import native as codecs_native
 from alr_kernels.codecs import reference as codecs_reference
+from alr_kernels.codecs.encoded import Encoded
 from alr_kernels.importance import native as importance_native
 from alr_kernels.importance import reference as importance_reference
 
@@ -287,7 +288,8 @@ def test_encode_and_decode_match_the_reference(bits: int) -> None:
     odd = torch.rand(4, 128)
     odd[0, 3], odd[1, 100], odd[2], odd[3] = torch.nan, torch.inf, 0.0, 1e-40
     importance = torch.cat([torch.stack(blocks), odd, torch.rand(4096, 128).pow(12)])
-    codes, scales = _ops.encode_importance(importance.cuda(), bits)
+    (found,), *_ = _ops.merge([Encoded.dense(importance.cuda())], [None], [f"int{bits}"], (1.0, 0.0))
+    codes, scales = found.values, found.scales
     expected = codecs_reference.encode_importance(importance, bits)
     assert torch.equal(codes.cpu(), expected[0])
     assert torch.equal(scales.cpu().nan_to_num(-1.0), expected[1].nan_to_num(-1.0))

@@ -15,6 +15,7 @@ from cases import (
     F64,
     assert_same_columns,
     assert_same_state,
+    encoded,
     members,
     random_importance,
     same_bits,
@@ -23,7 +24,7 @@ from cases import (
 from forms import FORMS, LARGE, backends, fitting, forms, mixed_model, new, steps
 from torch import nn
 
-from alr_kernels import AlrAdamW, _ops
+from alr_kernels import AlrAdamW
 from alr_kernels.step.plan import Options
 
 # ---------------------------------------------------------------- forms
@@ -197,7 +198,7 @@ def op_columns(name, param, importance, form, record):
             columns[f"{key}_scales"].append(torch.zeros(*param.shape[:-1], param.shape[-1] // 128))
     kept = fitting(name, options["importance_dtype"], "fp32")
     if kept in ("int8", "int4"):
-        codes, scales = _ops.encode_importance(importance, int(kept[3:]))
+        codes, scales = encoded(importance, int(kept[3:]))
         columns["importances"].append(codes)
         columns["importance_scales"].append(scales)
     else:

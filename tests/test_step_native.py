@@ -19,6 +19,7 @@ from cases import (
     copied,
     counts_of,
     decoded,
+    encoded,
     formed,
     guarded,
     guards_are_untouched,
@@ -31,6 +32,7 @@ from test_step_formats import PAIRWISE, name_of
 from alr_kernels.codecs import native as codec
 from alr_kernels.codecs import reference as codec_reference
 from alr_kernels.codecs import rounding
+from alr_kernels.importance import native as importance_native
 from alr_kernels.step import native, reference
 from alr_kernels.step.plan import STATISTICS, Operands, Options
 
@@ -280,7 +282,7 @@ def test_importance_codes_are_the_references(shape, bits, dtype, capability):
     omega.view(-1, 128)[8:9] = 0.0
     omega.view(-1, 128)[9:10] = 1e-40
     omega = omega.to(dtype)
-    codes, scales = codec.encode_importance(omega, bits)
+    codes, scales = encoded(omega, bits, importance_native.merge)
     expected = codec_reference.encode_importance(omega, bits)
     assert same_bits(scales, expected[1])
     assert codes.shape == expected[0].shape
@@ -290,7 +292,7 @@ def test_importance_codes_are_the_references(shape, bits, dtype, capability):
 
 
 def test_codec_refuses_scales_of_another_size():
-    codes, scales = codec.encode_importance(torch.ones(2, 256), 8)
+    codes, scales = encoded(torch.ones(2, 256), 8, importance_native.merge)
     with pytest.raises(ValueError, match="scales: expected 4"):
         codec.decode_importance(codes, scales[:1], 8)
 
@@ -298,7 +300,7 @@ def test_codec_refuses_scales_of_another_size():
 def test_codec_writes_nothing_else(capability):
     omega = guarded(torch.rand(3, 128))
     storage = torch.empty(0).set_(omega.untyped_storage()).clone()
-    codes, scales = codec.encode_importance(omega, 4)
+    codes, scales = encoded(omega, 4, importance_native.merge)
     assert codes.shape == (3, 64)
     assert scales.shape == (3, 1)
     assert same_bits(torch.empty(0).set_(omega.untyped_storage())[GUARD:-GUARD], storage[GUARD:-GUARD])

@@ -1,185 +1,60 @@
-"""What is refused, with which message, and that a refusal changes nothing. Every raise of _validate.py is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of two modules is reached."""
 
 from __future__ import annotations
 
 import ast
-import copy
 import math
 import re
-import tempfile
 import traceback
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import refusals_importance
 import torch
-from cases import BF16, F32, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
+from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
+from refusals import (
+    ALPHAS,
+    add_group,
+    add_remainder,
+    add_scales,
+    anchored,
+    another_optimizers_state,
+    context,
+    converted_after_the_first_step,
+    dtensor,
+    group,
+    grow_moment,
+    load,
+    mark_amsgrad,
+    nan_recording,
+    new,
+    one,
+    other_fingerprint,
+    other_form,
+    other_order,
+    p,
+    recorder,
+    released,
+    scaled,
+    sparse_gradient,
+    step,
+    with_importance,
+    wrong_gradient_shape,
+)
 from torch import nn
 
-from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, ImportanceRecorder, _ops, _validate, layer_coefficients
-from alr_kernels.importance import ImportanceWriter
+from alr_kernels import (
+    AlrAdamW,
+    DynamicCoeffs,
+    Importance,
+    ImportanceRecorder,
+    _ops,
+    _validate,
+    _validate_importance,
+    layer_coefficients,
+)
 
-SOURCE = Path(_validate.__file__)
-ALPHAS = {"embed": 0.25, "layers.0": 0.25, "layers.1": 0.25, "head": 0.25}
-
-
-def p(*shape, dtype=F32):
-    return nn.Parameter(torch.ones(shape or (2,), dtype=dtype), requires_grad=dtype.is_floating_point)
-
-
-def new(c, importance=None, coeffs="softmax", **options):
-    return AlrAdamW(c.model.named_parameters(), importance, coeffs, **options)
-
-
-def one(name="w", param=None, importance=None, **options):
-    return AlrAdamW([(name, p() if param is None else param)], importance, **options)
-
-
-def step(param, grad=None, **options):
-    optimizer = one(param=param, **options)
-    param.grad = grad
-    optimizer.step()
-
-
-def of(method, shape=2, value=1.0):
-    return Importance({"w": torch.full((shape,), value)}, method=method)
-
-
-def merged(**options):
-    return of("mas").merged(of("mas"), **options)
-
-
-def writer(shapes):
-    return ImportanceWriter(Path(tempfile.mkdtemp()) / "i.safetensors", shapes)
-
-
-def closed(target):
-    target.abort()
-    return target
-
-
-def twice(target):
-    for _ in range(2):
-        target.add("w", p(2))
-
-
-def sparse_gradient(c):
-    table = nn.Embedding(5, 3, sparse=True)
-    optimizer = AlrAdamW(table.named_parameters())
-    table(torch.tensor([1])).sum().backward()
-    optimizer.step()
-
-
-def wrong_gradient_shape(c):
-    """The good parameters before it must not have stepped when this one is refused."""
-    param = c.model.head.weight
-    param.grad, kept = torch.ones_like(param), param.data
-    param.data = torch.ones(2, 2)
-    try:
-        c.optimizer.step()
-    finally:
-        param.data = kept
-
-
-def dtensor(c):
-    param = p()
-    param.to_local = lambda: None
-    step(param)
-
-
-def anchored(c, **changes):
-    anchor = {name: t.detach() for name, t in c.model.named_parameters()} | changes
-    return new(c, c.importance, anchor={name: t for name, t in anchor.items() if t is not None})
-
-
-def group(c, **options):
-    c.optimizer.add_param_group({"params": [("extra", p())], **options})
-
-
-def load(c, change):
-    saved = copy.deepcopy(c.optimizer.state_dict())
-    change(saved)
-    c.optimizer.load_state_dict(saved)
-
-
-def recorder(c, optimizer_type=torch.optim.SGD, **options):
-    optimizer = optimizer_type(c.model.parameters(), lr=0.1, **options)
-    return optimizer, ImportanceRecorder(optimizer, c.model.named_parameters())
-
-
-def released(c):
-    class Releasing(torch.optim.SGD):
-        def step(self, closure=None):
-            self.zero_grad(set_to_none=True)
-
-    optimizer, _ = recorder(c, Releasing)
-    tiny_loss(c.model).backward()
-    optimizer.step()
-
-
-def scaled(c):
-    optimizer, _ = recorder(c, torch.optim.AdamW, fused=True)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(tiny_loss(c.model)).backward()
-    scaler.step(optimizer)
-
-
-def converted_after_the_first_step(c):
-    param = c.model.head.bias
-    param.data, kept = param.data.bfloat16(), param.data
-    param.grad = torch.ones_like(param)
-    try:
-        c.optimizer.step()
-    finally:
-        param.data = kept
-
-
-def other_order(saved):
-    saved["param_groups"][0]["param_names"].reverse()
-
-
-def another_optimizers_state(saved):
-    saved["state"][0] = {"momentum_buffer": torch.zeros(1)}
-
-
-def other_form(saved):
-    saved["param_groups"][0]["penalty_form"] = "mode='coupled', normalize=False"
-
-
-def nan_recording(c):
-    optimizer = one(param=(param := p()), record=True)
-    param.grad = torch.tensor([math.nan, 1.0])
-    optimizer.step()
-    optimizer.recorded_importance()
-
-
-def with_importance(name, value):
-    return lambda c: new(c, c.importance | {name: value})
-
-
-def mark_amsgrad(saved):
-    saved["param_groups"][0]["amsgrad"] = True
-
-
-def grow_moment(saved):
-    saved["state"][0]["exp_avg"] = torch.zeros(9)
-
-
-def add_remainder(saved):
-    saved["state"][0]["remainder"] = torch.zeros(8, 4, dtype=torch.int16)
-
-
-def add_scales(saved):
-    saved["state"][0]["exp_avg_scale"] = torch.zeros(8, 3)
-
-
-def add_group(saved):
-    saved["param_groups"].append({"params": []})
-
-
-def other_fingerprint(saved):
-    saved["param_groups"][0]["importance_fingerprint"] = "0" * 16
-
+SOURCES = tuple(Path(module.__file__) for module in (_validate, _validate_importance))
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -411,47 +286,6 @@ REFUSED = {
         lambda c: c.optimizer.start_phase(c.importance, {"x": 1.0}), ValueError, "unknown 'x'",
     ),
     "non-finite recording": (nan_recording, ValueError, r"1 non-finite element\(s\) in 'w'.*allow_nonfinite=True"),
-    "file of something unexpected": (
-        lambda c: writer({"w": (2,)}).add("v", p(2)), ValueError, "'v' is not one of the tensors.*'w'",
-    ),
-    "file with a tensor twice": (lambda c: twice(writer({"w": (2,)})), ValueError, "'w' was added before.*once"),
-    "file with another shape": (
-        lambda c: writer({"w": (2,)}).add("w", p(3)), ValueError, r"'w': expected shape \(2,\), got \(3,\)",
-    ),
-    "file closed too early": (
-        lambda c: writer({"w": (2,), "v": (1,)}).close(), ValueError, "'v', 'w' missing; add them",
-    ),
-    "file with a colon in a name": (
-        lambda c: writer({"w:scales": (2,)}), ValueError, "names without a colon, got 'w:scales'",
-    ),
-    "file that is closed": (lambda c: closed(writer({"w": (2,)})).add("w", p(2)), ValueError, "closed or aborted"),
-    "file of integers": (
-        lambda c: writer({"w": (2,)}).add("w", torch.ones(2, dtype=torch.int64)), TypeError, "'w'.*got torch.int64",
-    ),
-    "merge beyond float32": (
-        lambda c: of("mas", value=3e38).merged(of("mas", value=3e38)), ValueError,
-        r"'w': the result passes what float32 holds \(max inf\)",
-    ),
-    "merge rule": (lambda c: merged(rule="mean"), ValueError, "rule: expected one of 'sum', 'max', 'weighted'"),
-    "merge weight without effect": (lambda c: merged(weight=0.5), ValueError, "no effect with rule='sum'.*'decayed'"),
-    "merge without a weight": (lambda c: merged(rule="decayed"), ValueError, "rule='decayed' needs one, 0 ≤ weight"),
-    "merge with a weight above 1": (
-        lambda c: merged(rule="weighted", weight=1.5), ValueError, r"weight: expected a number in \[0.0, 1.0\]",
-    ),
-    "an entry that is not there": (
-        lambda c: Importance({"w.weight": p(2)})["w.wieght"], KeyError, r"no importance here.*did you mean 'w\.weight'",
-    ),
-    "merge with a mapping": (lambda c: of("a").merged({"w": p(2)}), TypeError, "expected an Importance, got dict"),
-    "merge of two estimators": (
-        lambda c: of("fisher").merged(of("mas")), ValueError,
-        r"same estimator, or both normalized, got fisher and mas.*a\.normalized\(\)\.merged\(b\.normalized",
-    ),
-    "merge of a normalized and a raw one": (
-        lambda c: of("mas").normalized().merged(of("mas")), ValueError, "got mas, normalized and mas",
-    ),
-    "merge of two models": (
-        lambda c: of("mas").merged(of("mas", shape=3)), ValueError, r"'w' differ \('w': \(2,\) and \(3,\)\)",
-    ),
     "not recording": (lambda c: new(c).recorded_importance(), RuntimeError, "does not record.*record=True"),
     "nothing recorded": (lambda c: new(c, record=True).recorded_importance(), RuntimeError, "no step"),
     "recorder before a step": (lambda c: recorder(c)[1].finalise(), RuntimeError, "no step"),
@@ -478,26 +312,11 @@ REFUSED = {
     ),
     "recorder released": (released, RuntimeError, r"released every gradient.*AlrAdamW\(record=True\)"),
     "recorder scaled": (scaled, RuntimeError, r"loss scale.*scaler\.unscale_"),
-    "file name": (
-        lambda c: Importance(c.importance).save("i.bin"),
-        ValueError, r"ending in \.safetensors, got 'i.bin'",
-    ),
-    "folder": (
-        lambda c: Importance(c.importance).save("nowhere/i.safetensors"),
-        FileNotFoundError, "no folder 'nowhere'; create it first",
-    ),
     "backend that cannot": (
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-}  # fmt: skip
-
-
-def context():
-    model = tiny_model()
-    optimizer = tiny_optimizer(model, record=True)
-    train(model, optimizer, 2)
-    return SimpleNamespace(model=model, optimizer=optimizer, importance=random_importance(model))
+} | refusals_importance.REFUSED  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -521,10 +340,17 @@ def test_every_raise_is_reached():
             call(context())
         except Exception as caught:  # another error than expected is for the test above
             frames = traceback.extract_tb(caught.__traceback__)
-            reached |= {frame.lineno for frame in frames if Path(frame.filename) == SOURCE}
-    raises = [node for node in ast.walk(ast.parse(SOURCE.read_text(encoding="utf-8"))) if isinstance(node, ast.Raise)]
-    missed = [node.lineno for node in raises if not reached & set(range(node.lineno, node.end_lineno + 1))]
-    assert not missed, f"no case reaches the raise in line(s) {missed} of {SOURCE.name}"
+            reached |= {(frame.filename, frame.lineno) for frame in frames}
+    for source in SOURCES:
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        assert raises
+        missed = [
+            node.lineno
+            for node in raises
+            if not reached & {(str(source), line) for line in range(node.lineno, node.end_lineno + 1)}
+        ]
+        assert not missed, f"no case reaches the raise in line(s) {missed} of {source.name}"
 
 
 def test_a_step_refused_at_its_first_call_binds_no_anchor():

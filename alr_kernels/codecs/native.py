@@ -15,7 +15,7 @@ from .storage import DTYPES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["available", "decode_importance", "encode_importance", "kept_addresses", "run"]
+__all__ = ["available", "decode_importance", "kept_addresses", "run"]
 
 FORMAT_CODES = {name: DTYPE_CODES[dtype] for name, dtype in DTYPES.items() if dtype in DTYPE_CODES}
 FORMAT_CODES |= {"int8": CODES8, "int4": CODES4}
@@ -45,13 +45,6 @@ def run(op: str, operands: tuple[Any, ...], numels: list[int], device: torch.dev
     scratch = torch.empty(_C.importance_cuda_scratch(numels), dtype=torch.float64, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
     getattr(_C, f"{op}_cuda")(*operands, scratch.data_ptr(), scratch.numel(), device.index, stream)
-
-
-@torch.no_grad()
-def encode_importance(importance: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return (codes uint8, two to a byte for 4 bits; scales bf16 [..., n/128]) of float32, bf16 or fp16 Ω."""
-    found = _again(Encoded.dense(importance.contiguous()), f"int{bits}")
-    return found.values, found.scales
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .. import _validate
+from .. import _validate, _validate_importance
 from ..codecs.encoded import Encoded
 from ..codecs.storage import fitting, parse
 from ..names import LayerBy, layer_of, unwrap
@@ -65,7 +65,7 @@ class Importance(Mapping[str, "Tensor"]):
         self._entries: dict[str, Encoded] = {}
         for name, tensor in zip(names, tensors.values(), strict=True):
             if not isinstance(tensor, Encoded):
-                _validate.importance_tensor(name, tensor)
+                _validate_importance.importance_tensor(name, tensor)
                 tensor = Encoded.dense(tensor)
             self._entries[name] = tensor
         self.method = method
@@ -114,7 +114,7 @@ class Importance(Mapping[str, "Tensor"]):
         """Return what is kept of a parameter: floats, or codes with their scales. Do not write into it."""
         known = name if name in self._entries else unwrap(name)
         if known not in self._entries:
-            _validate.unknown_entry(name, self._entries)
+            _validate_importance.unknown_entry(name, self._entries)
         return self._entries[known]
 
     @property
@@ -188,7 +188,7 @@ class Importance(Mapping[str, "Tensor"]):
     def normalized(self) -> Importance:
         """Return a copy scaled to mean 1 over all elements, in the same form (ω's sums stay as recorded)."""
         mean = TensorStats.pooled(self._stats.values()).mean
-        _validate.some_importance({"mean": mean})
+        _validate_importance.some_importance({"mean": mean})
         scaled = self._combined(None, (1.0 / mean, 0.0), {})
         stats = {
             name: row._replace(path_integral_sum=known.path_integral_sum, negative_mass=known.negative_mass)
@@ -229,8 +229,8 @@ class Importance(Mapping[str, "Tensor"]):
         {'w': [1.5, 1.5], 'v': [1.0]}
         """
         _validate.choice("rule", rule, MERGE_RULES)
-        factor = _validate.merge_weight(rule, weight)
-        _validate.mergeable(self, other)
+        factor = _validate_importance.merge_weight(rule, weight)
+        _validate_importance.mergeable(self, other)
         weights = {"sum": (1.0, 1.0), "max": None, "weighted": (factor, 1.0 - factor), "decayed": (factor, 1.0)}[rule]
         common = (self._formats() or other._formats() or ["fp32"])[0]
         formats = {name: fitting(common, entry.shape) for name, entry in other._entries.items() if name not in self}
@@ -256,7 +256,7 @@ class Importance(Mapping[str, "Tensor"]):
         stats = {}
         for name, row, histogram in zip(names, table, counts, strict=True):
             pair = [x._stats.get(name) if x is not None else None for x in (self, other)]
-            _validate.importance_range(name, float(row[MAXIMUM]))
+            _validate_importance.importance_range(name, float(row[MAXIMUM]))
             stats[name] = TensorStats.of_row(row, histogram, False)._replace(
                 path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in pair], pair),
                 negative_mass=_linear(weights, [past and past.negative_mass for past in pair], pair),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import _validate
+from .. import _validate, _validate_importance
 from .._version import __version__
 from ..codecs.encoded import Encoded
 from ..codecs.reference import BLOCK
@@ -137,17 +137,14 @@ class ImportanceWriter:
         return writer
 
     def _open(self, path: str | os.PathLike[str], layout: Layout, about: About) -> None:
-        self._target = _validate.importance_path(path)
-        _validate.file_names(layout)
+        self._target = _validate_importance.importance_path(path)
+        _validate_importance.file_names(layout)
         self._layout = layout
         self._stats: dict[str, TensorStats] = {}
         header, self._places = _header(layout, about)
-        _remove_abandoned(self._target)
-        handle, scratch = tempfile.mkstemp(".partial", f".{self._target.name}.", self._target.parent)
-        self._scratch = Path(scratch)
         self._size = max((end for _, end in self._places.values()), default=len(header))
-        self._file: Any = os.fdopen(handle, "w+b")
-        _lock(self._file.fileno())
+        self._scratch: Scratch | None = Scratch(self._target)
+        self._file: Any = self._scratch.file
         try:
             self._file.write(header)
             self._file.flush()
@@ -178,14 +175,14 @@ class ImportanceWriter:
         from .. import _ops
 
         name = unwrap(name)
-        if self._file is None:
-            _validate.closed_writer()
+        if self._scratch is None:
+            _validate_importance.closed_writer()
         if not isinstance(importance, Encoded):
-            _validate.importance_tensor(name, importance)
-        _validate.expected_entry(name, self._layout, self._stats)
+            _validate_importance.importance_tensor(name, importance)
+        _validate_importance.expected_entry(name, self._layout, self._stats)
         kept, shape = self._layout[name]
         given = importance if isinstance(importance, Encoded) else Encoded.dense(importance.detach())
-        _validate.entry_shape(name, given.shape, shape)
+        _validate_importance.entry_shape(name, given.shape, shape)
         row = stats or TensorStats.of(importance, name)
         if given.format != kept:
             given = _ops.merge([given], [None], [kept], (1.0, 0.0))[0][0]
@@ -207,33 +204,50 @@ class ImportanceWriter:
         Raises:
             ValueError: a tensor is missing; the file that was there stays.
         """
-        if self._file is None:
+        if self._scratch is None:
             return
         try:
-            _validate.complete_file(str(self._target), self._layout, self._stats)
+            _validate_importance.complete_file(str(self._target), self._layout, self._stats)
             table, counts = stacked(self._stats[name] for name in self._layout)
             self._put(STATISTICS_NAME, table)
             self._put(HISTOGRAM_NAME, counts)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            os.umask(umask := os.umask(0o077))  # the only way to read it; a scratch file is private
-            os.fchmod(self._file.fileno(), 0o666 & ~umask)
-            os.replace(self._scratch, self._target)
-            self._file.close()
-            self._file = None
+            assert self._scratch is not None
+            self._scratch.publish()
         finally:
             self.abort()
 
     def abort(self) -> None:
         """Give up and remove what was written; a file that was there stays. Does nothing after :meth:`close`."""
-        if self._file is None:
-            return
-        file, self._file = self._file, None
+        if self._scratch is not None:
+            scratch, self._scratch = self._scratch, None
+            scratch.discard()
+
+
+class Scratch:
+    """A file beside its target that takes its place once it is whole; until then the target stays as it is."""
+
+    def __init__(self, target: Path) -> None:
+        _remove_abandoned(target)
+        handle, path = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
+        self.path, self.file = Path(path), os.fdopen(handle, "w+b")
+        self._target = target
+        _lock(self.file.fileno())
+
+    def publish(self) -> None:
+        """Flush to disk, with the permissions of a new file, and rename over the target."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        os.umask(umask := os.umask(0o077))  # the only way to read it; a scratch file is private
+        os.fchmod(self.file.fileno(), 0o666 & ~umask)
+        os.replace(self.path, self._target)
+
+    def discard(self) -> None:
+        """Close, and remove what was not published."""
         try:
-            self._scratch.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         finally:
             with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk
-                file.close()
+                self.file.close()
 
 
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:

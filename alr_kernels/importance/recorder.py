@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _ops, _validate
+from .. import _ops, _validate, _validate_importance
 from ..codecs.storage import fitting, parse
 from ..names import unwrap
 from .artifact import Importance
@@ -38,7 +38,7 @@ class Recording(NamedTuple):
         entries, table, counts = _ops.finalise(*lists, self._formats(dtype), xi, relative)
         rows = map(TensorStats.of_row, table, counts)
         stats = dict(zip(self.names, rows, strict=True))
-        _validate.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
+        _validate_importance.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
         return Importance(dict(zip(self.names, entries, strict=True)), stats=stats, **about._asdict())
 
     def save(
@@ -62,7 +62,7 @@ class Recording(NamedTuple):
                 stats = TensorStats.of_row(table[0], counts[0])
                 nonfinite[name] = stats.nonfinite
                 writer.add(name, entry, stats)
-            _validate.finite_recording(nonfinite, allow_nonfinite)
+            _validate_importance.finite_recording(nonfinite, allow_nonfinite)
 
     def _about(self, xi: float, relative: bool) -> About:
         return About("path_integral", _validate.number("xi", xi, low=SMALLEST_XI), relative, self.steps)
@@ -108,7 +108,9 @@ class ImportanceRecorder:
         pairs = [(unwrap(name), param) for name, param in named_parameters]
         _validate.distinct_names(name for name, _ in pairs)
         _validate.no_duplicates(pairs)
-        _validate.recorder_members(dict(pairs), (p for group in optimizer.param_groups for p in group["params"]))
+        _validate_importance.recorder_members(
+            dict(pairs), (p for group in optimizer.param_groups for p in group["params"])
+        )
         self._params = dict(pairs)
         self._maximize = {id(p): bool(g.get("maximize")) for g in optimizer.param_groups for p in g["params"]}
         self._starts: dict[str, Tensor] = {}
@@ -142,7 +144,7 @@ class ImportanceRecorder:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        _validate.recorder_scaling(getattr(optimizer, "grad_scale", None))
+        _validate_importance.recorder_scaling(getattr(optimizer, "grad_scale", None))
         self._had_grads = any(param.grad is not None for param in self._params.values())
         for name, param in self._params.items():
             if name not in self._starts:
@@ -159,7 +161,7 @@ class ImportanceRecorder:
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)
         live = [name for name in self._starts if self._params[name].grad is not None]
-        _validate.recorder_grads(self._had_grads, bool(live))
+        _validate_importance.recorder_grads(self._had_grads, bool(live))
         if found_inf is None or not bool(found_inf):
             for maximize in (False, True):
                 names = [name for name in live if self._maximize.get(id(self._params[name]), False) is maximize]
@@ -206,7 +208,7 @@ class ImportanceRecorder:
         self._recording().save(path, xi, relative, allow_nonfinite, dtype)
 
     def _recording(self) -> Recording:
-        _validate.recording(True, bool(self._starts))
+        _validate_importance.recording(True, bool(self._starts))
         names = list(self._starts)
         return Recording(
             names,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _validate
+from .. import _validate_importance
 from ..codecs.encoded import Encoded
 
 # Columns of the statistics, one float64 row per tensor; of Ω before it is encoded.
@@ -81,7 +81,7 @@ class TensorStats(NamedTuple):
     def of(cls, importance: Tensor | Encoded, name: str = "importance") -> TensorStats:
         """Compute what can be known from Ω alone, once its values are checked."""
         dense = importance.decoded() if isinstance(importance, Encoded) else importance.detach()
-        _validate.importance_values(name, dense)
+        _validate_importance.importance_values(name, dense)
         parts = [dense] if dense.numel() <= CHUNK else dense.reshape(-1).split(CHUNK)
         return cls.pooled(cls.of_row(statistics(None, part), histogram(part), False) for part in parts)
 

@@ -39,10 +39,10 @@ def fisher_importance(
 
     The gradient of each sample alone is squared, never that of a batch. A batch takes one forward and one backward
     pass; Linear, Embedding, LayerNorm, RMSNorm and Conv1D layers (shared and tied ones too) give Σ_n g_n² from their
-    inputs and output gradients, exactly. Before anything counts, the first two samples are taken both together and
-    alone by plain autograd, and compared. Models with trainable parameters elsewhere, or whose samples interact, are
-    taken one sample at a time, with a warning that says why. The model is run in evaluation mode; its parameters,
-    gradients and modes are left as they are.
+    inputs and output gradients, exactly. Batches are compared with their samples alone, by plain autograd, before they
+    count: the first one, and the 9th, 65th, 513th. Models with trainable parameters elsewhere, or whose samples
+    interact, are taken one sample at a time, with a warning that says why. The model is run in evaluation mode; its
+    parameters, gradients and modes are left as they are.
 
     Args:
         model: its parameters with ``requires_grad`` get an entry, float32, named and shaped as they are.
@@ -91,7 +91,8 @@ def mas_importance(
 
     f(x_n) are the model's ``logits`` of sample n (or the tensor that it returns). For sequences, [n, t, classes],
     ‖f‖² is the sum over classes and the mean over those tokens t whose ``attention_mask`` is not 0
-    (``decoder_attention_mask`` where there is one), or over all tokens without a mask of shape [n, t].
+    (``decoder_attention_mask`` where there is one, and for models with a decoder nothing else), or over all tokens
+    without a mask of shape [n, t].
 
     Args:
         output: ``output(model, batch)`` returns f, [n, ...]; ‖f(x_n)‖² is then the sum over all but the first

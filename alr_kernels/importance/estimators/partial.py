@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import _validate, _validate_estimators
+from ... import _validate, _validate_estimators, _validate_importance
 from ..artifact import content_fingerprint
 from ..files import FORMAT as IMPORTANCE_FORMAT
+from ..files import Scratch
 
 FORMAT = "alr_kernels.importance.partial"
 FORMAT_VERSION = "1"
@@ -65,7 +66,7 @@ class Checkpoint:
 
     def __init__(self, path: str | os.PathLike[str], every: int, method: str, model: nn.Module, of: Any) -> None:
         _validate.count("every", every)
-        self.path = _validate.importance_path(path)
+        self.path = _validate_importance.importance_path(path)
         self.every = every
         self._about = {
             "format": FORMAT,
@@ -87,9 +88,7 @@ class Checkpoint:
                 about = file.metadata() or {}
                 sums = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
-            raise ValueError(
-                f"checkpoint {path!r}: expected partial sums, got {error}; it is truncated or damaged, delete it."
-            ) from error
+            _validate_estimators.partial_damaged(path, error)
         if about.get("format") == IMPORTANCE_FORMAT:
             _validate_estimators.is_importance(path)
         for key in ("format", "format_version", "method", "objective"):
@@ -105,18 +104,16 @@ class Checkpoint:
 
     def save(self, partial: Partial) -> None:
         """Write the sums; a reader sees the old file or the whole new one."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         state = {key: str(getattr(partial, key)) for key in ("batches", "samples", "digest", "at_once", "one_by_one")}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in partial.sums.items()}
-        scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        scratch = Scratch(self.path)
         try:
-            save_file(tensors, scratch, metadata=self._about | state)
-            with open(scratch, "rb+") as written:
-                os.fsync(written.fileno())
-            os.replace(scratch, self.path)
+            scratch.file.write(save(tensors, metadata=self._about | state))
+            scratch.publish()
         finally:
-            scratch.unlink(missing_ok=True)
+            scratch.discard()
 
     def remove(self) -> None:
         """Delete the file once the estimate is whole."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import _ops
+from .reference import raised
 
 NORM = re.compile(r"(RMS|Layer)Norm$")
 
@@ -284,7 +285,7 @@ class PerSample:
         omega = weight.importance
         if parts[0].kind == "vector":
             grads = parts[0].deltas if len(parts) == 1 else sum(part.deltas for part in parts)
-            omega.add_(self._raised(grads).sum(0).view_as(omega))
+            omega.add_(raised(grads, self.power).sum(0).view_as(omega))
             return
         linear = _joined([part for part in parts if part.kind == "linear"])
         if linear is not None:
@@ -305,7 +306,7 @@ class PerSample:
         _ops.add_rows_(grads, place, deltas.reshape(-1, omega.shape[1]).to(omega.dtype))
         row, sample = held // samples, held % samples
         if linear is None:
-            _ops.add_rows_(omega, row, self._raised(grads))
+            _ops.add_rows_(omega, row, raised(grads, self.power))
             return
         others = torch.empty_like(grads)
         for n in range(samples):
@@ -314,9 +315,6 @@ class PerSample:
             others[mine] = delta.T.to(omega.dtype) @ linear[1][n].to(omega.dtype)
         both = grads * (grads + 2 * others) if self.power == 2 else (grads + others).abs() - others.abs()
         _ops.add_rows_(omega, row, both)
-
-    def _raised(self, grads: Any) -> Tensor:
-        return grads.square() if self.power == 2 else grads.abs()
 
 
 def _joined(parts: list[Part]) -> tuple[Tensor, Any] | None:

@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def raised(grad: Tensor, power: int) -> Tensor:
+    """Return |g|^power of per-sample gradients."""
+    return grad.square() if power == 2 else grad.abs()
+
+
 @torch.no_grad()
 def fisher_linear_(importance: Tensor, deltas: Tensor, inputs: Tensor, scale: float, power: int = 2) -> None:
     """Add scale · Σ_n |δ_nᵀ x_n|^power to Ω [rows, columns]; δ [n, t, rows], x [n, t, columns]."""
     for delta, x in zip(deltas, inputs, strict=True):
         grad = delta.to(importance.dtype).T @ x.to(importance.dtype)
-        importance.add_(grad.square() if power == 2 else grad.abs(), alpha=scale)
+        importance.add_(raised(grad, power), alpha=scale)

@@ -18,6 +18,7 @@ from ... import _validate_estimators
 from .objectives import Batch, NotYet, Objective
 from .partial import Checkpoint, Partial, batch_digest
 from .per_sample import NotBatchable, PerSample
+from .reference import raised
 
 
 class Step(Protocol):
@@ -161,8 +162,8 @@ def _gradients_by_backward(
 class SampleStep:
     """Add Σ_n |g_n|^power of a batch: all samples at once where that is exact, else one by one.
 
-    What is taken at once is compared with the samples alone before it counts, on the first batch and on every 8th,
-    64th, 512th …: the numbers of a batch with those of its halves, and the sums of two samples that differ with plain
+    What is taken at once is compared with the samples alone before it counts, on the first batch and on the 9th,
+    65th, 513th …: the numbers of a batch with those of its halves, and the sums of two samples that differ with plain
     autograd's of each. Interactions between samples, weights used outside their module, rules that do not fit show
     there. A batch by which nothing can be compared is taken one by one.
     """
@@ -277,11 +278,7 @@ class SampleStep:
                 _validate_estimators.finite_numbers(index, n, value)
             started()
             for name, grad in found.items():
-                wide = grad.to(sums[name].dtype)
-                if self._power == 2:
-                    sums[name].addcmul_(wide, wide, value=scale)
-                else:
-                    sums[name].add_(wide.abs(), alpha=scale)
+                sums[name].add_(raised(grad.to(sums[name].dtype), self._power), alpha=scale)
             values.append(value)
         return torch.stack(values)
 
