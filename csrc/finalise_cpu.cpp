@@ -30,7 +30,7 @@ template <typename P>
 void finalise_block_slowly(const float* omega, const P* param, const P* start, float floor, float* to, Gathered& g) {
   for (int i = 0; i < kBlock; ++i) {
     const float importance = finalise(omega[i], move_sq(load(param[i]), load(start[i])), floor);
-    const bool finite = is_finite(omega[i]) && is_finite(importance);
+    const bool finite = enters(omega[i], importance);
     to[i] = finite ? importance : 0.0f;
     g.nonfinite += finite ? 0.0 : 1.0;
     const double kept = finite ? double(omega[i]) : 0.0;

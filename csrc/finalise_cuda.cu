@@ -177,7 +177,7 @@ finalise_kernel(const __grid_constant__ Table table,  // path_integral fp32, par
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
       const float importance = finalise(omega.at[j], move_sq(load(end.at[j]), load(begin.at[j])), floor);
-      const bool finite = is_finite(omega.at[j]) && is_finite(importance);
+      const bool finite = enters(omega.at[j], importance);
       x[j] = finite ? importance : 0.0f;
       const double wide = finite ? double(omega.at[j]) : 0.0;
       gathered.sums.path_integral += wide;

@@ -109,6 +109,11 @@ ALR_HOST_DEVICE void write_statistics(double* row, const Sums& sums, int64_t num
   row[6] = sums.nonfinite;
 }
 
+// Whether an element enters the sums; one that does not is counted, and its importance is 0.
+ALR_HOST_DEVICE bool enters(float path_integral, float importance) {
+  return is_finite(path_integral) && is_finite(importance);
+}
+
 // What an element adds to the mean move: one that is lost counts as unmoved.
 ALR_HOST_DEVICE double kept_move_sq(float param, float start) {
   const float moved = move_sq(param, start);

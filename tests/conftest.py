@@ -10,6 +10,10 @@ import hypothesis
 import pytest
 import torch
 
+from alr_kernels.step.native import _C
+
+CAPABILITIES = _C.build_info()["cpu_capabilities_detected"] if _C else [None]
+
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("fixed")
 
@@ -22,3 +26,14 @@ def _seeded_and_poisoned():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=CAPABILITIES, ids=str)
+def capability(request):
+    """Every instruction set that this machine runs, in turn."""
+    if _C is None:
+        pytest.skip("the C++ extension is not built")
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)

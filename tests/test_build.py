@@ -27,14 +27,6 @@ CAPABILITIES = _C.build_info()["cpu_capabilities_detected"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 def bits(tensor):
     """Integers that are equal where floats are the same bits, every NaN counting as one value."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

@@ -30,14 +30,6 @@ SCALES = (1.0, 1e-14, 1e-30, 1e37)  # of ω: squares of Ω leave float32 at both
 CAPABILITIES = _C.build_info()["cpu_capabilities_detected"]
 
 
-@pytest.fixture(params=CAPABILITIES)
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 def recorded(scale, dtype=F32, odd=True, shapes=None):
     """Return ω, θ and θ_start and formats: every format on every shape that it takes."""
     generator = torch.Generator().manual_seed(3)

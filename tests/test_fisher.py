@@ -14,7 +14,6 @@ WHY_NOT = native.unavailable_reason("cpu")
 if not WHY_NOT:
     from alr_kernels import _C
 NATIVE = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
-CAPABILITIES = [] if WHY_NOT else _C.build_info()["cpu_capabilities_detected"]
 
 # samples, tokens, rows, columns: below a micro-tile, edges of it in both directions, one token a sample, more tokens
 # than are packed at a time, several tiles, nothing at all.
@@ -59,14 +58,6 @@ def bound(deltas, inputs, scale, power):
 def check(got, importance, deltas, inputs, scale, power):
     error = (got.double() - expected(importance, deltas, inputs, scale, power)).abs()
     assert bool((error <= bound(deltas, inputs, scale, power)).all()), f"largest error {error.max():.3g}"
-
-
-@pytest.fixture(params=[pytest.param(name, marks=NATIVE) for name in CAPABILITIES or ["none"]])
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 @pytest.mark.parametrize("power", [1, 2])

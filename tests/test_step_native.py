@@ -56,14 +56,6 @@ NEARLY_SMALLEST = [
 ]
 
 
-@pytest.fixture(params=_C.build_info()["cpu_capabilities_detected"])
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
-
-
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
