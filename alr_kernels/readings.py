@@ -139,6 +139,11 @@ class Readings(Stepping):
         _validate_importance.recording(self.record, steps > 0)
         members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
         names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
-        weights = [_state.whole(param, state) for param, state in zip(params, states, strict=True)]
-        starts = [state["start"].to(theta.dtype) for theta, state in zip(weights, states, strict=True)]
-        return Recording(list(names), [state["path_integral"] for state in states], weights, starts, steps)
+
+        def end(i: int) -> torch.Tensor:
+            return _state.whole(params[i], states[i])
+
+        def start(i: int) -> torch.Tensor:
+            return states[i]["start"].to(torch.float32 if "remainder" in states[i] else params[i].dtype)
+
+        return Recording(list(names), [state["path_integral"] for state in states], end, start, steps)

@@ -13,7 +13,7 @@ import torch
 from cases import BF16, F16, F32, F64, same_bits
 from forms import ALPHAS, BLOCKS, fitting, mixed_model, new, steps
 
-from alr_kernels import AlrAdamW, Importance, ImportanceRecorder
+from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops, state
 from alr_kernels.importance import ImportanceWriter, TensorStats
 
 KINDS = ("fp32", "bf16", "int8", "int4")
@@ -78,6 +78,19 @@ def test_every_form_survives_its_file(tmp_path, kind, how):
     assert_same_entries(Importance.load(path), kept)
     assert Importance.load(path).nbytes == kept.nbytes
     assert path.stat().st_size - kept.nbytes < 20_000
+
+
+def test_split_weights_are_put_together_one_at_a_time(tmp_path, monkeypatch):
+    """Saving is for models of which no second copy fits: a split weight's float32 is one."""
+    optimizer = recording(BF16, master="split")
+    expected = optimizer.recorded_importance(dtype="int4")
+    order = []
+    whole, finalise = state.whole, _ops.finalise
+    monkeypatch.setattr(state, "whole", lambda *args: (order.append("whole"), whole(*args))[1])
+    monkeypatch.setattr(_ops, "finalise", lambda *args: (order.append("finalise"), finalise(*args))[1])
+    optimizer.save_importance(tmp_path / "i.safetensors", dtype="int4")
+    assert order == ["whole", "finalise"] * len(expected)
+    assert_same_entries(Importance.load(tmp_path / "i.safetensors"), expected)
 
 
 def test_recorder_writes_what_it_finalises(tmp_path):

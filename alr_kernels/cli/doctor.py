@@ -146,12 +146,13 @@ def check_importance(device: str) -> dict[str, Any]:
     for module, total in zip((per_sample, native), sums, strict=True):
         module.fisher_linear_(total, deltas, inputs, 0.25)
     errors["fisher_linear"] = _relative(*sums)
-    where = max(errors, key=errors.__getitem__)
+    limits = dict.fromkeys(errors, 1e-6) | {"fisher_linear": 1e-5}
+    where = max(errors, key=lambda name: errors[name] / limits[name])
     return {
         "op": "importance",
         "backend": "native",
         "device": device,
-        "ok": errors[where] <= (1e-5 if where == "fisher_linear" else 1e-6),
+        "ok": errors[where] <= limits[where],
         "largest_relative_error": errors[where],
         "where": where,
     }

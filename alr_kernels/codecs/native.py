@@ -10,7 +10,7 @@ from torch import Tensor
 from ..step.native import _C, CODES4, CODES8, DTYPE_CODES, addresses, available
 from .encoded import Encoded
 from .reference import BLOCK
-from .storage import DTYPES
+from .storage import CODES, DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,7 @@ def kept_addresses(
     formats = ["fp32" if x is None else x.format for x in kept]
     sizes = [0 if x is None else n * BITS[x.format] // 8 for x, n in zip(kept, numels, strict=True)]
     values = addresses(name, [nothing if x is None else x.values for x in kept], sizes)
-    blocks = [n // BLOCK * 2 if kind in ("int8", "int4") else 0 for n, kind in zip(numels, formats, strict=True)]
+    blocks = [n // BLOCK * 2 if kind in CODES else 0 for n, kind in zip(numels, formats, strict=True)]
     scales = [nothing if x is None or x.scales is None else x.scales for x in kept]
     return values, addresses(f"scales of {name}", scales, blocks), [FORMAT_CODES[kind] for kind in formats]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,19 +23,19 @@ SMALLEST_XI = 1e-30  # below, ω/ξ leaves float32 and weights that did not move
 
 
 class Recording(NamedTuple):
-    """Recorded ω with what finalising it needs, one list entry per tensor."""
+    """Recorded ω with what finalising it needs. A weight may have to be put together first: that is done when asked."""
 
     names: list[str]
     path_integrals: list[Tensor]
-    params: list[Tensor]  # θ_end
-    starts: list[Tensor]
+    end: Callable[[int], Tensor]  # θ_end of the i-th
+    start: Callable[[int], Tensor]
     steps: int
 
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
         """Return the importance, everything in one call."""
         about = self._about(xi, relative)
-        lists = (self.path_integrals, self.params, self.starts)
-        entries, table, counts = _ops.finalise(*lists, self._formats(dtype), xi, relative)
+        ends, starts = ([*map(each, range(len(self.names)))] for each in (self.end, self.start))
+        entries, table, counts = _ops.finalise(self.path_integrals, ends, starts, self._formats(dtype), xi, relative)
         rows = map(TensorStats.of_row, table, counts)
         stats = dict(zip(self.names, rows, strict=True))
         _validate_importance.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
@@ -51,14 +51,14 @@ class Recording(NamedTuple):
     ) -> None:
         """Finalise into a file, tensor by tensor: memory holds the importance of one."""
         about, formats = self._about(xi, relative), self._formats(dtype)
-        shapes = [tuple(param.shape) for param in self.params]
+        shapes = [tuple(path_integral.shape) for path_integral in self.path_integrals]
         layout = dict(zip(self.names, zip(formats, shapes, strict=True), strict=True))
         nonfinite = {}
         with ImportanceWriter.of_layout(path, layout, about) as writer:
             for i, name in enumerate(self.names):
-                one = slice(i, i + 1)
-                lists = self.path_integrals[one], self.params[one], self.starts[one]
-                (entry,), table, counts = _ops.finalise(*lists, formats[one], xi, relative)
+                lists = [self.path_integrals[i]], [self.end(i)], [self.start(i)], [formats[i]]
+                (entry,), table, counts = _ops.finalise(*lists, xi, relative)
+                del lists
                 stats = TensorStats.of_row(table[0], counts[0])
                 nonfinite[name] = stats.nonfinite
                 writer.add(name, entry, stats)
@@ -69,7 +69,7 @@ class Recording(NamedTuple):
 
     def _formats(self, dtype: str | torch.dtype) -> list[str]:
         kept = parse("dtype", dtype)
-        return [fitting(kept, param.shape, param.dtype) for param in self.params]
+        return [fitting(kept, omega.shape, omega.dtype) for omega in self.path_integrals]
 
 
 class ImportanceRecorder:
@@ -213,7 +213,7 @@ class ImportanceRecorder:
         return Recording(
             names,
             [self._path_integrals[name] for name in names],
-            [self._params[name] for name in names],
-            [self._starts[name] for name in names],
+            lambda i: self._params[names[i]],
+            lambda i: self._starts[names[i]],
             self.steps,
         )
