@@ -14,7 +14,7 @@ from cases import BF16, F16, F32, F64, same_bits
 from forms import ALPHAS, BLOCKS, fitting, mixed_model, new, steps
 
 from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops, state
-from alr_kernels.importance import ImportanceWriter, TensorStats
+from alr_kernels.importance import ImportanceWriter, TensorStats, files
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -282,3 +282,32 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
     with ImportanceWriter(tmp_path / "i.safetensors", {}) as writer:
         writer.abort()
     assert not list(tmp_path.iterdir()), "aborted by hand"
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    path, shapes = tmp_path / "i.safetensors", {"w": (64, 128), "v": (64, 128)}
+    first, second = ImportanceWriter(path, shapes), ImportanceWriter(path, shapes)
+    for name in shapes:
+        first.add(name, torch.ones(64, 128))
+        second.add(name, torch.full((64, 128), 2.0))
+    for writer, value in ((first, 1.0), (second, 2.0)):
+        writer.close()
+        loaded = Importance.load(path)
+        assert {(float(loaded[name].max()), loaded.stats[name].max) for name in shapes} == {(value, value)}
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_scratch_file_that_is_taken_for_abandoned_is_made_again(tmp_path, monkeypatch):
+    lock, taken = files._lock, []
+
+    def late(handle):
+        if not taken:
+            taken.extend(tmp_path.glob(".*.partial"))
+            taken[0].unlink()
+        return lock(handle)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with ImportanceWriter(tmp_path / "i.safetensors", {"w": (2,)}) as writer:
+        writer.add("w", torch.ones(2))
+    assert Importance.load(tmp_path / "i.safetensors")["w"].tolist() == [1.0, 1.0]
+    assert taken

@@ -211,7 +211,6 @@ class ImportanceWriter:
             table, counts = stacked(self._stats[name] for name in self._layout)
             self._put(STATISTICS_NAME, table)
             self._put(HISTOGRAM_NAME, counts)
-            assert self._scratch is not None
             self._scratch.publish()
         finally:
             self.abort()
@@ -228,10 +227,14 @@ class Scratch:
 
     def __init__(self, target: Path) -> None:
         _remove_abandoned(target)
-        handle, path = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
-        self.path, self.file = Path(path), os.fdopen(handle, "w+b")
         self._target = target
-        _lock(self.file.fileno())
+        while True:
+            handle, path = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
+            self.path, self.file = Path(path), os.fdopen(handle, "w+b")
+            _lock(self.file.fileno())
+            if self.path.exists():  # else another writer took it for abandoned before it was locked
+                break
+            self.file.close()
 
     def publish(self) -> None:
         """Flush to disk, with the permissions of a new file, and rename over the target."""
