@@ -99,6 +99,20 @@ def test_file_is_plain_safetensors_with_named_metadata(saved):
     assert json.loads(metadata["layout"]) == [[name, "fp32", list(t.shape)] for name, t in importance.items()]
 
 
+@pytest.mark.parametrize("extra", range(8))
+def test_tensors_are_aligned_to_their_width(tmp_path, extra):
+    """Whatever the length of the names, for readers that map the file."""
+    path = tmp_path / "i.safetensors"
+    Importance({"w" * (extra + 1): torch.rand(3), "b": torch.rand(5).to(BF16), "d": torch.rand(1).double()}).save(path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    widths = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2}
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__")
+    for entry in header.values():
+        assert (8 + length + entry["data_offsets"][0]) % widths[entry["dtype"]] == 0
+
+
 def test_saving_over_an_older_file(saved):
     importance, path = saved
     newer = importance.normalized()

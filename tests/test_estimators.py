@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,28 @@ def test_mas_of_a_users_output():
     importance = mas_importance(model, batches, lambda model, batch: model(batch["x"]))
     value = wide(lambda model, batch: model(batch["x"]).square().sum(1))
     assert_close(importance, plain_loop(model, batches, value, power=1), power=1)
+
+
+def test_mas_of_a_decoder_does_not_take_the_encoders_mask():
+    """Their lengths may coincide."""
+
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.config = SimpleNamespace(is_encoder_decoder=True)
+
+        def forward(self, x, attention_mask=None, decoder_attention_mask=None):
+            return self.layer(x)
+
+    torch.manual_seed(0)
+    model, x, mask = Decoder(), torch.randn(2, 4, 5), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    plain, encoders, decoders = (
+        mas_importance(model, [{"x": x, **masks}], progress=False)["layer.weight"]
+        for masks in ({}, {"attention_mask": mask}, {"decoder_attention_mask": mask})
+    )
+    assert torch.equal(plain, encoders)
+    assert not torch.equal(plain, decoders)
 
 
 def test_mas_refuses_an_output_without_samples():

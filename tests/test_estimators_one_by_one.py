@@ -21,6 +21,7 @@ from estimator_cases import (
 from torch import nn
 
 from alr_kernels import fisher_importance
+from alr_kernels.importance.estimators import objectives, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -247,3 +248,35 @@ def test_a_later_batch_may_need_the_loop():
     with pytest.warns(UserWarning, match="one number for the whole batch"):
         importance = fisher_importance(model, batches, loss)
     assert_close(importance, plain_loop(model, batches, wide(squared)))
+
+
+def test_the_compared_samples_differ_where_any_do():
+    batch = {"x": torch.tensor([[1, 2], [1, 2], [1, 3], [0, 0]]), "y": torch.zeros(4), "all": torch.tensor(3.0)}
+    assert sweep._two_that_differ(batch, 4) == [0, 2]
+    assert sweep._two_that_differ({"x": torch.ones(4, 2)}, 4) == [0, 3]
+    assert sweep._two_that_differ({"x": torch.ones(1, 2)}, 1) == [0]
+
+
+def test_a_loss_that_is_not_finite_chooses_no_rule():
+    """Labels of the next token and of each token fit it alike; the next batch tells, and is taken at once."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertForTokenClassification(BertConfig(vocab_size=31, num_labels=3, **sizes))
+    tokens = torch.randint(31, (4, 6))
+    batches = [
+        {"input_ids": tokens[:2], "labels": torch.full((2, 6), -100)},
+        {"input_ids": tokens[2:], "labels": tokens[2:] % 3},
+    ]
+    own = objectives.OwnLoss()
+    with pytest.raises(objectives.NotYet):
+        own.of_samples(model, batches[0], 2)
+    own.of_samples(model, batches[1], 2)
+    assert own._rule is objectives._per_token
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = fisher_importance(model, batches, progress=False, allow_nonfinite=True)
+        second = fisher_importance(model, batches[1:], progress=False)
+    for name in second:
+        torch.testing.assert_close(both[name] * 2, second[name])

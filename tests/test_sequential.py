@@ -8,7 +8,7 @@ import pytest
 import sequential
 import torch
 
-from alr_kernels import AlrAdamW
+from alr_kernels import AlrAdamW, Importance
 
 LAMBDA = {"split": 0.03, "permuted": 0.01}
 SEEDS = (11, 12)  # not those of the results
@@ -94,3 +94,19 @@ def test_recording_under_a_penalty_sees_the_task_alone():
     total = sum(row.path_integral_sum for row in recorded.stats.values())
     assert float(optimizer.penalty()) > 0.1 * first, "the pull is at work"
     assert total == pytest.approx(first - last, rel=0.02)
+
+
+@pytest.mark.parametrize("arm", sequential.ARMS[1:])
+def test_every_task_is_remembered(arm, monkeypatch):
+    """The importance of a task joins that of the tasks before it."""
+    merged, seen = Importance.merged, []
+
+    def watched(self, other, *rule):
+        seen.append((self.steps, other.steps, rule))
+        return merged(self, other, *rule)
+
+    monkeypatch.setattr(Importance, "merged", watched)
+    sequential.run("split", arm, 0.01, 0, epochs=1)
+    assert len(seen) == sequential.TASKS - 1
+    assert all(rule == ("decayed", sequential.DECAY) for *_, rule in seen)
+    assert [past for past, *_ in seen[1:]] == [past + new for past, new, _ in seen[:-1]]
