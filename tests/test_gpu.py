@@ -288,8 +288,7 @@ def test_encode_and_decode_match_the_reference(bits: int) -> None:
     odd = torch.rand(4, 128)
     odd[0, 3], odd[1, 100], odd[2], odd[3] = torch.nan, torch.inf, 0.0, 1e-40
     importance = torch.cat([torch.stack(blocks), odd, torch.rand(4096, 128).pow(12)])
-    (found,), *_ = _ops.merge([Encoded.dense(importance.cuda())], [None], [f"int{bits}"], (1.0, 0.0))
-    codes, scales = found.values, found.scales
+    codes, scales, _ = _ops.merge([Encoded.dense(importance.cuda())], [None], [f"int{bits}"], (1.0, 0.0))[0][0]
     expected = codecs_reference.encode_importance(importance, bits)
     assert torch.equal(codes.cpu(), expected[0])
     assert torch.equal(scales.cpu().nan_to_num(-1.0), expected[1].nan_to_num(-1.0))
@@ -375,8 +374,7 @@ def test_recorder_with_a_grad_scaler() -> None:
     torch.manual_seed(4)
     model = torch.nn.Linear(64, 64, device="cuda")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    recorder = ImportanceRecorder(optimizer, model.named_parameters())
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**10)
+    recorder, scaler = ImportanceRecorder(optimizer, model.named_parameters()), torch.amp.GradScaler("cuda", 2.0**10)
     for scale in (1.0, float("inf"), 1.0):  # the second step overflows and is skipped
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.float16):
