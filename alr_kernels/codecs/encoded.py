@@ -54,6 +54,10 @@ class Encoded(NamedTuple):
         scales = None if self.scales is None else self.scales.to(device)
         return Encoded(self.values.to(device), scales, self.format)
 
+    def rows(self, rows: slice) -> Encoded:
+        """Return the importance of some rows of a matrix, without a copy."""
+        return Encoded(self.values[rows], None if self.scales is None else self.scales[rows], self.format)
+
     @classmethod
     def empty(cls, shape: torch.Size, format: str, device: torch.device) -> Encoded:
         """Return uninitialised memory for Ω of this shape; its last dimension is whole blocks where it is codes."""

@@ -1,0 +1,1 @@
+"""LoRA in effective space: importance and penalty of U = s·B·A, never of B and A apart."""

@@ -1,0 +1,109 @@
+"""LoRA in effective space, U = s·B·A, in plain torch. Read this first.
+
+``up`` [m, r] and ``down`` [r, n] are a pair's factors as they multiply to a weight [m, n] (B and A, or for a layer that
+keeps its weight transposed, Aᵀ and Bᵀ), ``s`` its scaling. Every dense quantity is a product of low-rank factors and is
+formed a few rows at a time; what stays is ω and Ω. Source: arXiv 2501.13669, eq. 3-7 on LoRA; docs/lora.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import penalty
+from ..codecs.encoded import Encoded
+
+ELEMENTS = 1 << 18  # of a dense matrix that are formed at a time
+SIDES = ("both", "up", "down", "none")  # whose derivatives are asked for
+
+
+class Product(NamedTuple):
+    """A dense matrix [..., m, n] as left [..., m, k] · right [..., k, n]."""
+
+    left: Tensor
+    right: Tensor
+
+
+def move(before: Product, after: Product, scaling: float) -> Product:
+    """Return s·(B₁A₁ − B₀A₀) = s·(B₁ − B₀)·A₁ + s·B₀·(A₁ − A₀), in which nothing large cancels."""
+    left = torch.cat([after.left - before.left, before.left], -1) * scaling
+    return Product(left, torch.cat([after.right, after.right - before.right], -2))
+
+
+class Pull(NamedTuple):
+    """What the penalty does to a pair: its value, derivatives and their majorising curvatures, where asked for."""
+
+    value: Tensor  # 0-dim float64, Σ ½ k (U − U*)²
+    grad_up: Tensor | None  # [m, r] (k ⊙ (U − U*))·(sA)ᵀ
+    grad_down: Tensor | None  # [r, n] (sB)ᵀ·(k ⊙ (U − U*))
+    curvature_up: Tensor | None  # [m, r] k·(|sA| ⊙ Σ_q|sA|)ᵀ
+    curvature_down: Tensor | None  # [r, n] (|sB| ⊙ Σ_q|sB|)ᵀ·k
+
+
+def empty_pull(up: Tensor, down: Tensor, sides: str, curvature: bool) -> Pull:
+    """Return zeros for what is asked for."""
+    wanted = [sides in ("both", "up"), sides in ("both", "down")]
+    wanted += [want and curvature for want in wanted]
+    zeros = [torch.zeros_like(like) if want else None for like, want in zip((up, down) * 2, wanted, strict=True)]
+    return Pull(torch.zeros((), dtype=torch.float64, device=up.device), *zeros)
+
+
+def _rows(m: int, n: int) -> list[slice]:
+    step = max(1, ELEMENTS // max(n, 1))
+    return [slice(i, min(i + step, m)) for i in range(0, m, step)]
+
+
+def record_(path_integral: Tensor, gradient: Product | Tensor, moved: Product, clamp: bool = False) -> None:
+    """Add −Ĝ ⊙ (U_after − U_before) to ω [m, n]; ``clamp``: then set ω ← max(ω, 0), as the published code does."""
+    for rows in _rows(*path_integral.shape):
+        g = gradient.left[rows] @ gradient.right if isinstance(gradient, Product) else gradient[rows]
+        path_integral[rows] -= g * (moved.left[rows] @ moved.right)
+        if clamp:
+            path_integral[rows].clamp_(min=0)
+
+
+def pull(
+    importance: Encoded, scale: float | Tensor, drift: Product, factors: Product, sides: str, curvature: bool
+) -> Pull:
+    """Return the penalty ½Σ k (U − U*)², k = ``scale``·Ω, and its derivatives by A and B.
+
+    ``drift``: U − U*. ``factors``: s·B and s·A. The curvatures are diagonals that majorise the penalty's Hessian in one
+    factor while the other stands still: (Σ_q B_iq a_q)² ≤ Σ_q |B_iq| · Σ_q |B_iq| a_q².
+    """
+    up, down = factors
+    result = empty_pull(up, down, sides, curvature)
+    bound_up, bound_down = up.abs() * up.abs().sum(1, keepdim=True), down.abs() * down.abs().sum(0, keepdim=True)
+    for rows in _rows(up.shape[0], down.shape[1]):
+        k = penalty.curvature(importance.rows(rows).decoded().to(up.dtype), scale)
+        gap = drift.left[rows] @ drift.right
+        force = k * gap
+        result.value.add_((force.double() * gap.double()).sum(), alpha=0.5)
+        if result.grad_up is not None:
+            result.grad_up[rows] = force @ down.T
+        if result.grad_down is not None:
+            result.grad_down.add_(up[rows].T @ force)
+        if result.curvature_up is not None:
+            result.curvature_up[rows] = k @ bound_down.T
+        if result.curvature_down is not None:
+            result.curvature_down.add_(bound_up[rows].T @ k)
+    return result
+
+
+def record(
+    path_integrals: Sequence[Tensor], gradients: Sequence[Product | Tensor], moves: Sequence[Product], clamp: bool
+) -> None:
+    """Do :func:`record_` of each pair."""
+    for omega, gradient, moved in zip(path_integrals, gradients, moves, strict=True):
+        record_(omega, gradient, moved, clamp)
+
+
+def pulls(
+    importances: Sequence[Encoded], scales: Tensor, drifts: Sequence[Product], factors: Sequence[Product],
+    sides: str, curvature: bool,
+) -> list[Pull]:  # fmt: skip
+    """Do :func:`pull` of each pair."""
+    rows = zip(importances, scales.unbind(), drifts, factors, strict=True)
+    return [pull(*row, sides, curvature) for row in rows]
