@@ -131,14 +131,17 @@ def layer_coefficients(
     return LayerCoefficients(values, rule=rule, by=by, temperature=used, norms=norms)
 
 
-def resolve(coeffs: str | Mapping[str, float], importance: Mapping[str, Tensor]) -> LayerCoefficients:
+def resolve(
+    coeffs: str | Mapping[str, float], importance: Mapping[str, Tensor], by: LayerBy = "block"
+) -> LayerCoefficients:
     """Turn what the user gave (a rule's name or layer → α) into coefficients for ``importance``.
 
-    Mappings are taken as they are; they may be keyed by block or by module, and must name every layer once.
+    Mappings are taken as they are; they may be keyed by block or by module, and must name every layer once. ``by``: what
+    a rule weighs.
     """
     if isinstance(coeffs, str):
-        return layer_coefficients(importance, coeffs)
-    by: LayerBy = getattr(coeffs, "by", None) or (
+        return layer_coefficients(importance, coeffs, by=by)
+    by = getattr(coeffs, "by", None) or (
         "module" if set(coeffs) == {layer_of(name, "module") for name in importance} else "block"
     )
     _validate.coefficient_mapping(coeffs, {layer_of(name, by) for name in importance})

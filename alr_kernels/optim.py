@@ -8,11 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _ops, _validate, _validate_importance
+from . import _ops, _validate, _validate_importance, _validate_lora
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
 from .coefficients import RULES, DynamicCoeffs, LayerCoefficients
+from .lora.pairs import LoraPairs, as_pairs
+from .lora.space import Space
 from .names import unwrap
 from .readings import Readings
 from .step.plan import MASTERS, MODES
@@ -20,7 +22,7 @@ from .step.plan import MASTERS, MODES
 OWN_ATTRIBUTES = (  # what pickle and deepcopy must keep besides torch's own
     *("mode", "normalize", "record", "backend", "precise", "max_grad_norm", "capturable", "grad_norm"),
     *("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice", "_storage", "_seed"),
-    *("_balance", "_version", "_gathers_stats", "_device_steps"),
+    *("_balance", "_version", "_gathers_stats", "_device_steps", "_space"),
 )
 
 
@@ -51,7 +53,11 @@ class AlrAdamW(Readings):
         mode: ``"proximal"`` or ``"coupled"``.
         normalize: divide by the mean of α·Ω over all entries of the importance (``select`` those of the trained
             parameters when others are frozen); ``False`` is the paper's raw form.
-        anchor: θ* by name, for the parameters with importance; None takes their values at the first step.
+        anchor: θ* by name, for the parameters with importance (of LoRA pairs both factors); None takes their values at
+            the first step.
+        lora: what :func:`lora_pairs` returned, or (name, A, B, scaling) tuples: the importance of these pairs is that
+            of U = s·B·A, named and shaped as the base weight, and so are penalty, recording and layers (each module
+            one, unless ``coeffs`` says otherwise); all other parameters take theirs element by element, as ever.
         record: integrate ω += −g·Δθ in the same pass (works with and without a penalty).
         maximize: ascend.
         max_grad_norm: clip the task gradient's norm over all parameters inside the step, as
@@ -105,6 +111,7 @@ class AlrAdamW(Readings):
         mode: Literal["proximal", "coupled"] = "proximal",
         normalize: bool = True,
         anchor: Mapping[str, Tensor] | None = None,
+        lora: LoraPairs | Iterable[tuple[str, Tensor, Tensor, float]] | None = None,
         record: bool = False,
         maximize: bool = False,
         max_grad_norm: float | None = None,
@@ -134,6 +141,7 @@ class AlrAdamW(Readings):
         self._slots: list[list[_state.Slot]] = []
         self._penalty: _state.Penalty | None = None
         self._balance: Balance | None = None
+        self._space: Space | None = None
         self._anchor: dict[str, Tensor] | None = None
         self._bound = False
         self._recorded_steps = 0
@@ -146,14 +154,17 @@ class AlrAdamW(Readings):
         super().__init__(params, dict(zip(_state.OPTIONS, values, strict=True)))
         if master != "none":
             _validate.master(param for _, _, param in self._members())
+        if lora is not None:
+            self._space = Space(as_pairs(lora), self.param_groups, self._slots)
+            _validate_lora.recording(self._space.estimator, record, capturable)
         if importance is None and not record and (importance_dtype is not None or anchor_dtype is not None):
             _validate_importance.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")
         self._use(importance, coeffs)
         if anchor is not None:
             if self._penalty is None:
                 _validate_importance.needs_importance("anchor")
-            named = {slot.name: param for _, slot, param in self._members()}
-            self._anchor = _state.named_anchor(anchor, {n: named[n] for n in self._penalty.summary})
+            wanted = {slot.name: param for _, slot, param in self._members() if slot.penalised}
+            self._anchor = _state.named_anchor(anchor, wanted)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters take the plain step until :meth:`start_phase` brings importance for them."""
@@ -180,10 +191,9 @@ class AlrAdamW(Readings):
 
     def _use(self, importance: Any, coeffs: str | Mapping[str, float] | DynamicCoeffs) -> None:
         """Match importance with the parameters and weigh its layers; changes nothing when it raises."""
-        members = self._members()
-        names = [slot.name for _, slot, _ in members]
-        named = all(group.get("param_names") is not None for group in self.param_groups)
-        entries = _state.named_importance(importance, names, [param for _, _, param in members], named)
+        members = [(slot, param) for _, slot, param in self._members()]
+        named = self._space is not None or all(group.get("param_names") is not None for group in self.param_groups)
+        entries = _state.named_importance(importance, members, named, self._space)
         if entries is None:
             if not isinstance(coeffs, str):
                 _validate_importance.needs_importance("coeffs")
@@ -194,23 +204,25 @@ class AlrAdamW(Readings):
             self._weigh(chosen, coeffs)
             self._penalty = chosen
         self._coeffs_choice = coeffs
-        for _, slot, _ in members:
-            slot.importance = entries.encoded(slot.name) if entries is not None and slot.name in entries else None
-            slot.unit_scale = slot.unit_scale if slot.importance is not None else 0.0
-            slot.largest = self._penalty.largest.get(slot.name, 0.0) if self._penalty else 0.0
+        sources = [slot for slot, _ in members if slot.bound is None]
+        for source in [*sources, *(self._space or ())]:
+            source.importance = entries.encoded(source.name) if entries is not None and source.name in entries else None
+            source.unit_scale = source.unit_scale if source.importance is not None else 0.0
+            source.largest = self._penalty.largest.get(source.name, 0.0) if self._penalty else 0.0
         self._bound = False
 
     def _weigh(self, chosen: _state.Penalty, coeffs: str | Mapping[str, float] | DynamicCoeffs) -> None:
         """Give every slot its curvature scale; changes nothing when it raises."""
         if isinstance(coeffs, DynamicCoeffs) and self.capturable:
             _validate.dynamic_and_capturable()
-        scales = chosen.weigh(coeffs, self.normalize)
+        scales = chosen.weigh(coeffs, self.normalize, "block" if self._space is None else "module")
         self._balance = None
         if isinstance(coeffs, DynamicCoeffs):
             self._balance = Balance(coeffs, chosen.coeffs, chosen.sums, chosen.numel, self.normalize)
             self._bound = False  # calls must gather statistics from here on
-        for _, slot, _ in self._members():
-            slot.unit_scale = scales.get(slot.name, 0.0)
+        sources = [slot for _, slot, _ in self._members() if slot.bound is None]
+        for source in [*sources, *(self._space or ())]:
+            source.unit_scale = scales.get(source.name, 0.0)
         self._version += 1
 
     @property
@@ -254,12 +266,18 @@ class AlrAdamW(Readings):
         inverse = 1.0 if scale is None else scale.double().reciprocal()
         clip = 1.0 if self.max_grad_norm is None else self._clip(buckets, inverse)
         shared = (inverse, clip, 0.0 if found_inf is None else found_inf)
-        self._latest = [self._step_bucket(key, rows, shared) for key, rows in buckets.items()]
+        self._step_buckets(buckets, shared)
         if self._balance is not None and self._balance.advance():
             self._version += 1
         if self.record:
             self._count_recorded(found_inf)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, those that ``lora_pairs(estimator="exact")`` gathered included."""
+        super().zero_grad(set_to_none)
+        if self._space is not None:
+            self._space.drop_gradients()
 
     def start_phase(
         self,
@@ -280,7 +298,7 @@ class AlrAdamW(Readings):
         elif coeffs is not None:
             self.set_coeffs(coeffs)
         for _, _, param in self._members():
-            for key in ("anchor", "start", "path_integral"):
+            for key in ("anchor", "start", "path_integral", _state.EFFECTIVE):
                 self.state.get(param, {}).pop(key, None)
         self._anchor = None
         self._bound = False
@@ -328,7 +346,7 @@ class AlrAdamW(Readings):
         _state.load_groups(self, super().load_state_dict, groups)
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
-            saved, penalised = state_dict["state"].get(key, {}), slot.importance is not None
+            saved, penalised = state_dict["state"].get(key, {}), slot.penalised
             state = _state.loaded(param, saved, self._storage, penalised, self.record)
             if penalised and param in anchors:  # a plain AdamW's state has none: keep ours
                 state.setdefault("anchor", anchors[param])
@@ -347,7 +365,10 @@ class AlrAdamW(Readings):
 
     def __repr__(self) -> str:
         plain = "importance: none, every parameter takes the plain AdamW step"
-        covered = self._penalty.describe(len(self._members())) if self._penalty else plain
-        kept = self._storage.describe([param for _, _, param in self._members()])
+        members = self._members()
+        penalised = sum(slot.penalised for _, slot, _ in members)
+        covered = self._penalty.describe(penalised, len(members)) if self._penalty else plain
+        covered += f"\n{self._space.describe()}" if self._space else ""
+        kept = self._storage.describe([param for _, _, param in members])
         how = f"mode: {self.mode}, backend: {self.backend}, record: {self.record}"
         return f"{super().__repr__()}\n{how}\n{covered}\n{kept}"

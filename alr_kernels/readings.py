@@ -10,6 +10,7 @@ import torch
 from . import _validate, _validate_importance, penalty
 from . import state as _state
 from .importance.recorder import Recording
+from .lora.passing import value_of
 from .names import layer_of
 from .step.plan import STATISTICS
 from .stepping import Stepping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .importance.artifact import Importance
+    from .lora.space import Bound
 
 
 class Readings(Stepping):
@@ -32,18 +34,22 @@ class Readings(Stepping):
         result: dict[str, Tensor] = {}
         by = self._penalty.coeffs.by if self._penalty else "block"
         for group, slot, param in self._members():
-            if slot.importance is None:
+            source = slot.bound or slot
+            if source.importance is None or (slot.bound is not None and not slot.left):
                 continue
-            state = self.state.get(param, {})
-            weights = _state.whole(param, state)
-            anchor = state.get("anchor", self._anchor[slot.name].to(param.device) if self._anchor else weights)
-            unit = slot.unit_scale
+            unit = source.unit_scale
             if self._balance is not None:
-                unit = self._balance.unit_scales([slot.name], param.device)[0]
+                unit = self._balance.unit_scales([source.name], param.device)[0]
             strength = group["reg_lambda"]
             scale = (strength.double() if isinstance(strength, torch.Tensor) else strength) * unit
-            value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), scale)
-            layer = layer_of(slot.name, by)
+            if slot.bound is not None:
+                value = value_of(slot.bound, self, scale)
+            else:
+                state = self.state.get(param, {})
+                weights = _state.whole(param, state)
+                anchor = state.get("anchor", self._anchor[slot.name].to(param.device) if self._anchor else weights)
+                value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), scale)
+            layer = layer_of(source.name, by)
             result[layer] = result[layer] + value.to(result[layer].device) if layer in result else value
         return result
 
@@ -54,7 +60,8 @@ class Readings(Stepping):
 
     def importance_tensors(self) -> list[Tensor]:
         """Return the tensors in which the steps hold Ω, codes and scales included: what importance costs."""
-        pairs = (slot.importance[:2] for _, slot, _ in self._members() if slot.importance is not None)
+        sources = [*(slot for _, slot, _ in self._members()), *(self._space or ())]
+        pairs = (source.importance[:2] for source in sources if source.importance is not None)
         return [tensor for pair in pairs for tensor in pair if tensor is not None]
 
     @torch.no_grad()
@@ -137,13 +144,27 @@ class Readings(Stepping):
     def _recording(self) -> Recording:
         steps = self.recorded_steps
         _validate_importance.recording(self.record, steps > 0)
-        members = [(slot.name, param, self.state.get(param, {})) for _, slot, param in self._members()]
-        names, params, states = zip(*(row for row in members if "path_integral" in row[2]), strict=True)
+        members = [(slot, param, self.state.get(param, {})) for _, slot, param in self._members()]
+        rows = [row for row in members if "path_integral" in row[2]]
+        pairs = [bound for bound in self._space or () if _state.EFFECTIVE in self.state.get(self._up(bound), {})]
+        names = [slot.name for slot, _, _ in rows] + [bound.name for bound in pairs]
+        omegas = [state["path_integral"] for _, _, state in rows]
+        omegas += [self.state[self._up(bound)][_state.EFFECTIVE] for bound in pairs]
 
         def end(i: int) -> torch.Tensor:
-            return _state.whole(params[i], states[i])
+            if i >= len(rows):
+                assert self._space is not None
+                return self._space.moved(pairs[i - len(rows)], self.param_groups, self.state)
+            return _state.whole(*rows[i][1:])
 
         def start(i: int) -> torch.Tensor:
-            return states[i]["start"].to(torch.float32 if "remainder" in states[i] else params[i].dtype)
+            if i >= len(rows):
+                return torch.zeros_like(omegas[i])
+            _, param, state = rows[i]
+            return state["start"].to(torch.float32 if "remainder" in state else param.dtype)
 
-        return Recording(list(names), [state["path_integral"] for state in states], end, start, steps)
+        method = "path_integral" if self._space is None else f"path_integral_{self._space.estimator}"
+        return Recording(names, omegas, end, start, steps, method, whole=not pairs)
+
+    def _up(self, bound: Bound) -> Tensor:
+        return bound.params(self.param_groups)[0]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ops, _validate, _validate_importance
+from . import _ops, _validate, _validate_importance, _validate_lora
 from .codecs import reference as codecs
 from .codecs import rounding
 from .codecs.encoded import Encoded
@@ -22,12 +22,15 @@ from .codecs.storage import CODES, DTYPES, Storage, scale_shape
 from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
 from .importance.artifact import Importance
 from .importance.statistics import Summary
-from .names import layer_of, unwrap
+from .names import LayerBy, layer_of, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .lora.space import Bound, Space
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EFFECTIVE = "effective_path_integral"  # ω of the LoRA pair whose B it is, shaped as the base weight
 MOMENT_KEYS = (*MOMENTS, "exp_avg_scale", "exp_avg_sq_scale")
 OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")  # of a param group
 # Flags of torch's own AdamW groups that have no meaning here; dropped when its state_dict is loaded.
@@ -49,6 +52,18 @@ class Slot:
     dtype: torch.dtype | None = None  # of the parameter when it was bound
     form: tuple[Any, ...] = ()  # how everything of it is kept, and
     place: int = 0  # the number of that combination: parameters of one place can share a call of the step
+    bound: Bound | None = None  # the LoRA pair of which it is a factor: importance is the pair's then
+    left: bool = False  # whether it is the factor on the left
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it, or the pair of which it is a factor, has importance."""
+        return (self.bound or self).importance is not None
+
+    @property
+    def layer_name(self) -> str:
+        """The name by which it belongs to a layer: a factor's is that of its base weight."""
+        return self.bound.name if self.bound else self.name
 
 
 @dataclass
@@ -72,12 +87,14 @@ class Penalty:
         _validate_importance.some_importance(sums)
         return cls(summary, importance.content_fingerprint, sums, largest)
 
-    def weigh(self, coeffs: str | Mapping[str, float] | DynamicCoeffs, normalize: bool) -> dict[str, float]:
+    def weigh(
+        self, coeffs: str | Mapping[str, float] | DynamicCoeffs, normalize: bool, by: LayerBy
+    ) -> dict[str, float]:
         """Take new coefficients and return name → 2·α/normaliser; when it raises, the old ones stay.
 
         The normaliser is mean(α·Ω) over all entries, or 1 without ``normalize``.
         """
-        resolved = resolve(coeffs.rule if isinstance(coeffs, DynamicCoeffs) else coeffs, self.summary)
+        resolved = resolve(coeffs.rule if isinstance(coeffs, DynamicCoeffs) else coeffs, self.summary, by)
         alpha = {name: resolved[layer_of(name, resolved.by)] for name in self.summary}
         normalizer = 1.0
         if normalize:
@@ -92,19 +109,18 @@ class Penalty:
         """Elements of all entries."""
         return sum(row.numel for row in self.summary.values())
 
-    def describe(self, parameters: int) -> str:
+    def describe(self, covered: int, parameters: int) -> str:
         """Say how many of the optimizer's parameters are penalised, and how many layers share the weight."""
-        plain = parameters - len(self.summary)
         return (
-            f"importance: {len(self.summary)} of {parameters} parameters, {plain} without importance take the plain "
-            f"step; {len(self.coeffs)} layers, {self.coeffs.effective_layers:.1f} effective ({self.coeffs.rule})"
+            f"importance: {covered} of {parameters} parameters, {parameters - covered} without importance take the "
+            f"plain step; {len(self.coeffs)} layers, {self.coeffs.effective_layers:.1f} effective ({self.coeffs.rule})"
         )
 
 
 def named_importance(
-    importance: Any, names: Sequence[str], params: Sequence[Tensor], are_named: bool
+    importance: Any, members: Sequence[tuple[Slot, Tensor]], are_named: bool, space: Space | None = None
 ) -> Importance | None:
-    """Turn the user's importance (artifact, mapping or aligned sequence) into one that fits the parameters."""
+    """Turn the user's importance (artifact, mapping or aligned sequence) into one that fits parameters and pairs."""
     if importance is None:
         return None
     _validate_importance.importance_form(importance)
@@ -113,12 +129,14 @@ def named_importance(
             _validate.named_for_mapping("importance")
         entries = importance if isinstance(importance, Importance) else Importance(importance)
     else:
-        _validate.sequence_length("importance", len(importance), len(params))
-        entries = Importance({name: t for name, t in zip(names, importance, strict=True) if t is not None})
-    _validate_importance.importance_fits(
-        {name: entries.encoded(name).shape for name in entries},
-        {name: param.shape for name, param in zip(names, params, strict=True)},
-    )
+        _validate.sequence_length("importance", len(importance), len(members))
+        pairs = zip(members, importance, strict=True)
+        entries = Importance({slot.name: tensor for (slot, _), tensor in pairs if tensor is not None})
+    shapes = {slot.name: param.shape for slot, param in members if slot.bound is None}
+    if space is not None:
+        _validate_lora.no_factors(entries, {slot.name: slot.bound.name for slot, _ in members if slot.bound})
+        shapes |= {bound.name: bound.geometry.shape for bound in space}
+    _validate_importance.importance_fits({name: entries.encoded(name).shape for name in entries}, shapes)
     return entries
 
 
@@ -259,6 +277,8 @@ def loaded(
             wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else value.dtype
             kept = wide if inexact else dtype
             state[key] = _in_layout_of(param, value.to(param.device), kept, copy=True)
+    if record and EFFECTIVE in saved:
+        state[EFFECTIVE] = saved[EFFECTIVE].to(param.device, compute_dtype(param), copy=True)
     start, anchor = state.get("start"), state.get("anchor")
     if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
         state["start"] = anchor

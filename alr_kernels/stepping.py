@@ -13,6 +13,8 @@ from . import _validate, _validate_importance
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
+from .lora.passing import FIRST, PLAIN, SECOND, Operand, Pass
+from .lora.space import Space
 from .step.call import Call, upload
 from .step.plan import Options
 
@@ -32,6 +34,7 @@ class Stepping(Optimizer):
     _penalty: _state.Penalty | None
     _balance: Balance | None
     _anchor: dict[str, Tensor] | None
+    _space: Space | None
     _storage: Storage
     _seed: int
     _bound: bool
@@ -60,14 +63,17 @@ class Stepping(Optimizer):
                 _validate.capturable(slot.name, param)
             if slot.importance is not None:
                 _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
+        if self._space is not None:
+            names = [[slot.name for slot in slots] for slots in self._slots]
+            self._space.bind(self.param_groups, self.state, self._storage, self._anchor, self.record, names)
         for _, slot, param in members:
             slot.dtype = param.dtype
-            record = self.record and param.requires_grad
+            record = self.record and param.requires_grad and slot.bound is None
             needed = slot.importance is not None or record or self._storage.is_split(param)
             anchor = self._anchor.get(slot.name) if self._anchor else None
             _state.bind(slot, param, self.state[param] if needed else {}, self._storage, anchor, record)
         if self._balance is not None:
-            self._balance.to(next(param.device for _, slot, param in members if slot.importance is not None))
+            self._balance.to(next(param.device for _, slot, param in members if slot.penalised))
         places: dict[Any, int] = {}
         for _, slot, _ in members:
             slot.place = places.setdefault((slot.dtype, slot.form), len(places))
@@ -93,10 +99,14 @@ class Stepping(Optimizer):
                     _validate.gradient(slot.name, param, grad)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
-                penalised = penalising and slot.unit_scale > 0
+                source = slot.bound or slot
+                penalised = penalising and source.unit_scale > 0
                 if penalised and not checked:
-                    _validate.curvature(slot.name, reg_lambda * slot.unit_scale, slot.largest)
-                key = (group_index, param.device, slot.place, grad.dtype, penalised)
+                    _validate.curvature(source.name, reg_lambda * source.unit_scale, source.largest)
+                wave = PLAIN
+                if penalised and slot.bound is not None:
+                    wave = SECOND if slot.left and self.mode == "proximal" else FIRST
+                key = (group_index, param.device, slot.place, grad.dtype, penalised, wave)
                 row = buckets.get(key)
                 if row is None:
                     row = buckets[key] = []
@@ -118,21 +128,45 @@ class Stepping(Optimizer):
         self.grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
+    @property
+    def gathers(self) -> bool:
+        """Whether statistics are gathered in the steps."""
+        return self._gathers_stats or self._balance is not None
+
+    def _step_buckets(
+        self, buckets: Mapping[Any, list[tuple[_state.Slot, Tensor]]], shared: tuple[Any, Any, Any]
+    ) -> None:
+        """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went."""
+        pairs = Pass(self._space, self, shared) if self._space is not None else None
+        self._latest = []
+        for wave in sorted({key[-1] for key in buckets}):
+            operands = pairs.operands(wave) if pairs is not None and wave != PLAIN else None
+            for key, rows in buckets.items():
+                if key[-1] == wave:
+                    self._latest.append(self._step_bucket(key, rows, shared, operands))
+        if pairs is not None:
+            self._latest += pairs.finish()
+
     def _step_bucket(
-        self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any]
-    ) -> Call:
+        self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any],
+        operands: Mapping[Tensor, Operand] | None,
+    ) -> Call:  # fmt: skip
         group, device, penalised = self.param_groups[key[0]], key[1], key[4]
+        record = self.record and rows[0][0].bound is None
+        maximize = bool(group["maximize"])
+        if operands is not None and self.mode == "coupled":  # what is stepped with is finished, penalty included
+            penalised, maximize, shared = False, False, (1.0, 1.0, shared[2])
         states = [self.state[param] for _, param in rows]
         for (slot, param), state in zip(rows, states, strict=True):
             if "exp_avg" not in state:
                 _state.start_moments(param, state, self._storage)
-            if self.record and "path_integral" not in state:  # frozen when the recording began
+            if record and "path_integral" not in state:  # frozen when the recording began
                 _state.bind(slot, param, state, self._storage, None, True)
         call = self._calls.get(key)
         if call is None or call.keys != [slot.index for slot, _ in rows]:
-            gathers = self._gathers_stats or self._balance is not None
-            call = self._calls[key] = Call([slot for slot, _ in rows], device, gathers)
-        if penalised and call.version != self._version:
+            call = self._calls[key] = Call([slot for slot, _ in rows], device, self.gathers and operands is None)
+            call.unit_scales.fill_(1.0)  # as the operands of LoRA factors want it
+        if penalised and operands is None and call.version != self._version:
             if self._balance is not None:
                 call.unit_scales.copy_(self._balance.unit_scales(call.names, device))
             else:
@@ -143,12 +177,12 @@ class Stepping(Optimizer):
         )
         call.adopt_steps(states)
         call.steps += 1.0
-        options = Options(self.mode, bool(group["maximize"]), self.precise, self._storage.master, self._seed)
-        call.run(rows, states, options, penalised=penalised, record=self.record, backend=self.backend)
+        options = Options(self.mode, maximize, self.precise, self._storage.master, self._seed)
+        call.run(rows, states, options, operands, penalised=penalised, record=record, backend=self.backend)
         found_inf = shared[2].to(device).reshape(()) if isinstance(shared[2], Tensor) else None
         if found_inf is not None:
             call.steps -= found_inf
-        if penalised and self._balance is not None:
+        if penalised and operands is None and self._balance is not None:
             self._balance.observe(call.names, call.statistics, found_inf)
         return call
 

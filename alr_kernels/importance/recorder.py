@@ -30,16 +30,24 @@ class Recording(NamedTuple):
     end: Callable[[int], Tensor]  # θ_end of the i-th
     start: Callable[[int], Tensor]
     steps: int
+    method: str = "path_integral"
+    whole: bool = True  # all are finalised in one call; False: what has to be put together first is so one at a time
 
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
         """Return the importance, everything in one call."""
-        about = self._about(xi, relative)
-        ends, starts = ([*map(each, range(len(self.names)))] for each in (self.end, self.start))
-        entries, table, counts = _ops.finalise(self.path_integrals, ends, starts, self._formats(dtype), xi, relative)
-        rows = map(TensorStats.of_row, table, counts)
-        stats = dict(zip(self.names, rows, strict=True))
+        about, formats = self._about(xi, relative), self._formats(dtype)
+        numbers = range(len(self.names))
+        entries, stats = {}, {}
+        for part in [numbers] if self.whole else [range(i, i + 1) for i in numbers]:
+            lists = ([values[i] for i in part] for values in (self.path_integrals, formats))
+            omegas, kept = lists
+            ends, starts = ([*map(each, part)] for each in (self.end, self.start))
+            found, table, counts = _ops.finalise(omegas, ends, starts, kept, xi, relative)
+            names = [self.names[i] for i in part]
+            entries |= zip(names, found, strict=True)
+            stats |= zip(names, map(TensorStats.of_row, table, counts), strict=True)
         _validate_importance.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
-        return Importance(dict(zip(self.names, entries, strict=True)), stats=stats, **about._asdict())
+        return Importance(entries, stats=stats, **about._asdict())
 
     def save(
         self,
@@ -65,7 +73,7 @@ class Recording(NamedTuple):
             _validate_importance.finite_recording(nonfinite, allow_nonfinite)
 
     def _about(self, xi: float, relative: bool) -> About:
-        return About("path_integral", _validate.number("xi", xi, low=SMALLEST_XI), relative, self.steps)
+        return About(self.method, _validate.number("xi", xi, low=SMALLEST_XI), relative, self.steps)
 
     def _formats(self, dtype: str | torch.dtype) -> list[str]:
         kept = parse("dtype", dtype)

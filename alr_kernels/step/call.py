@@ -6,7 +6,7 @@ they were.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .plan import HYPER, STATISTICS, Numbers, Operands, Options
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..lora.passing import Operand
     from ..state import Slot
 
 INVERSE_SCALE, CLIP, FOUND_INF = (HYPER.index(name) for name in ("inverse_scale", "clip", "found_inf"))
@@ -35,7 +36,7 @@ class Call:
     """The numbers of one call, where its parameters are."""
 
     def __init__(self, slots: Sequence[Slot], device: torch.device, stats: bool) -> None:
-        self.names = [slot.name for slot in slots]
+        self.names = [slot.layer_name for slot in slots]
         self.keys = [slot.index for slot in slots]
         self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
         self.unit_scales = torch.zeros(len(slots), dtype=torch.float64, device=device)
@@ -66,28 +67,39 @@ class Call:
 
     def run(
         self, rows: Sequence[tuple[Slot, Tensor]], states: Sequence[dict[str, Any]], options: Options,
-        *, penalised: bool, record: bool, backend: str,
+        operands: Mapping[Tensor, Operand] | None, *, penalised: bool, record: bool, backend: str,
     ) -> None:  # fmt: skip
-        """Step the rows with what their states hold."""
+        """Step the rows with what their states hold, factors of LoRA pairs with ``operands``."""
 
         def column(key: str) -> list[Tensor]:
             return [state[key] for state in states]
 
         coded = "exp_avg_scale" in states[0]
-        operands = Operands(
+        grads: list[Any] = [param.grad for _, param in rows]
+        importances: Sequence[Any] = ()
+        anchors: Sequence[Any] = ()
+        scales: Sequence[Any] = ()
+        if operands is not None:
+            found = [operands[param] for _, param in rows]
+            grads = [operand.grad for operand in found]
+            if penalised:
+                importances, anchors = [x.importance for x in found], [x.anchor for x in found]
+        elif penalised:
+            kept: list[Any] = [slot.importance for slot, _ in rows]
+            importances, anchors = [x.values for x in kept], column("anchor")
+            scales = [x.scales for x in kept] if kept[0].scales is not None else ()
+        columns = Operands(
             params=[param for _, param in rows],
-            grads=[param.grad for _, param in rows],
+            grads=grads,
             exp_avgs=column("exp_avg"),
             exp_avg_sqs=column("exp_avg_sq"),
-            importances=[slot.importance.values for slot, _ in rows] if penalised else (),  # type: ignore[union-attr]
-            anchors=column("anchor") if penalised else (),
+            importances=importances,
+            anchors=anchors,
             path_integrals=column("path_integral") if record else (),
             remainders=column("remainder") if "remainder" in states[0] else (),
             exp_avg_scales=column("exp_avg_scale") if coded else (),
             exp_avg_sq_scales=column("exp_avg_sq_scale") if coded else (),
-            importance_scales=[slot.importance.scales for slot, _ in rows]  # type: ignore[union-attr]
-            if penalised and rows[0][0].importance.scales is not None  # type: ignore[union-attr]
-            else (),
+            importance_scales=scales,
         )
         numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys)
-        _ops.step_(operands, numbers, options, self.statistics, backend)
+        _ops.step_(columns, numbers, options, self.statistics, backend)
