@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         magnitude_gradient_importance,
         mas_importance,
     )
+    from .lora import lora_pairs
     from .optim import AlrAdamW
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "LayerCoefficients": "coefficients",
     "fisher_importance": "importance",
     "layer_coefficients": "coefficients",
+    "lora_pairs": "lora",
     "magnitude_gradient_importance": "importance",
     "mas_importance": "importance",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "__version__",
     "fisher_importance",
     "layer_coefficients",
+    "lora_pairs",
     "magnitude_gradient_importance",
     "mas_importance",
 ]
