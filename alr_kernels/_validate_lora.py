@@ -245,3 +245,51 @@ def exact_alone() -> None:
                 f"estimator='exact': expected a single process, got {size}: each would see the gradient of its own "
                 "batch; use estimator='tangent'."
             )
+
+
+# ---- pairs in an optimizer ----
+
+
+def members(pair: Any, places: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (group, position) of B and A, once both are the optimizer's and in one group."""
+    found = [places.get(id(factor)) for factor in (pair.up, pair.down)]
+    missing = [letter for letter, place in zip("BA", found, strict=True) if place is None]
+    if missing:
+        raise ValueError(
+            f"lora: {' and '.join(missing)} of {pair.name!r} is not among the optimizer's parameters; pass both "
+            "factors of every pair (model.named_parameters() has them), a frozen one too."
+        )
+    up, down = found
+    if up[0] != down[0]:  # type: ignore[index]
+        raise ValueError(
+            f"lora: B of {pair.name!r} is in param group {up[0]}, A in group {down[0]}; put both factors of a pair "  # type: ignore[index]
+            "into one group: the penalty on U = s·B·A has one λ and one learning rate."
+        )
+    return up, down  # type: ignore[return-value]
+
+
+def no_factors(entries: Iterable[str], factors: Mapping[str, str]) -> None:
+    """Refuse importance of a factor where that of the pair is meant."""
+    for name in entries:
+        if name in factors:
+            raise ValueError(
+                f"importance of {name!r}: it is a factor of the LoRA pair {factors[name]!r}, whose importance is "
+                "that of U = s·B·A under that name; record it with lora=..., or leave lora out to "
+                "penalise the factors apart."
+            )
+
+
+def recording(estimator: str, record: bool, capturable: bool) -> None:
+    """Refuse options that do not go together."""
+    if record and capturable and estimator == "tangent":
+        raise ValueError(
+            "record: the tangent estimator finds eigenvalues of r × r matrices, for which the host waits: a CUDA graph "
+            "cannot capture it; use capturable=False while recording, or another estimator."
+        )
+
+
+def exact_copied() -> NoReturn:
+    raise TypeError(
+        "lora_pairs(estimator='exact') hangs on the hooks of its modules and cannot be copied; build the optimizer "
+        "anew and load its state_dict."
+    )

@@ -136,8 +136,8 @@ def resolve(
 ) -> LayerCoefficients:
     """Turn what the user gave (a rule's name or layer → α) into coefficients for ``importance``.
 
-    Mappings are taken as they are; they may be keyed by block or by module, and must name every layer once. ``by``: what
-    a rule weighs.
+    Mappings are taken as they are; they may be keyed by block or by module, and must name every layer once. ``by``:
+    what a rule weighs.
     """
     if isinstance(coeffs, str):
         return layer_coefficients(importance, coeffs, by=by)

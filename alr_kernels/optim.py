@@ -13,7 +13,7 @@ from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
 from .coefficients import RULES, DynamicCoeffs, LayerCoefficients
-from .lora.pairs import LoraPairs, as_pairs
+from .lora.pairs import LoraPairs, lora_pairs
 from .lora.space import Space
 from .names import unwrap
 from .readings import Readings
@@ -155,7 +155,9 @@ class AlrAdamW(Readings):
         if master != "none":
             _validate.master(param for _, _, param in self._members())
         if lora is not None:
-            self._space = Space(as_pairs(lora), self.param_groups, self._slots)
+            self._space = Space(
+                lora if isinstance(lora, LoraPairs) else lora_pairs(lora), self.param_groups, self._slots
+            )
             _validate_lora.recording(self._space.estimator, record, capturable)
         if importance is None and not record and (importance_dtype is not None or anchor_dtype is not None):
             _validate_importance.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")

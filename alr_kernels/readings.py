@@ -88,7 +88,7 @@ class Readings(Stepping):
         by = self._penalty.coeffs.by if self._penalty else "block"
         result: dict[str, dict[str, Tensor]] = {}
         for call in calls:
-            for name, row in zip(call.names, call.statistics.unbind(), strict=True):  # type: ignore[union-attr]
+            for name, row in zip(call.names, call.statistics.unbind(), strict=True):
                 values = dict(zip(STATISTICS, row.clone().unbind(), strict=True))
                 known = result.setdefault(layer_of(name, by), {})
                 for key, value in values.items():

@@ -183,6 +183,7 @@ def bind(
         kept,
         state["anchor"].dtype if "anchor" in state else None,
         "remainder" in state,
+        slot.bound is not None,
     )
 
 

@@ -43,7 +43,7 @@ class Stepping(Optimizer):
     _recorded_steps: int
     _device_steps: Tensor | None
     _calls: dict[Any, Call]
-    _latest: list[Call]
+    _latest: list[Any]  # calls, and what stands for them: names and statistics
     _curvature_checked: dict[int, Any]  # group → (λ, version) for which every curvature was checked
 
     def _members(self) -> list[tuple[dict[str, Any], _state.Slot, Tensor]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from alr_kernels.lora import LoraPair, LoraPairs, lora_pairs
+from alr_kernels.lora import lora_pairs
 from alr_kernels.lora.reference import Product
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

@@ -37,7 +37,8 @@ class Recording(NamedTuple):
         """Return the importance, everything in one call."""
         about, formats = self._about(xi, relative), self._formats(dtype)
         numbers = range(len(self.names))
-        entries, stats = {}, {}
+        entries: dict[str, Any] = {}
+        stats: dict[str, TensorStats] = {}
         for part in [numbers] if self.whole else [range(i, i + 1) for i in numbers]:
             lists = ([values[i] for i in part] for values in (self.path_integrals, formats))
             omegas, kept = lists

@@ -8,7 +8,7 @@ right moves first, then the one on the left, for whose pull U is formed anew.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,14 +72,12 @@ class Stack:
         return self.stacked([[_state.whole(*each) for each in zip(*row, strict=True)] for row in rows])
 
     def task_gradients(self, numbers: Numbers) -> tuple[Tensor | None, Tensor | None]:
-        """Return the task's gradients by the left and right factor, unscaled and unclipped; None where there is none."""
-        zeros = [(torch.zeros_like(up), torch.zeros_like(down)) for up, down in self.params[:1]][0]
+        """Return the task's gradients by left and right factor, unscaled and unclipped; None where there is none."""
+        zeros = [torch.zeros_like(param) for param in self.params[0]]
         grads = [[z if p.grad is None else p.grad for p, z in zip(pair, zeros, strict=True)] for pair in self.params]
         left, right = self.stacked(grads)
         scale = -numbers.inverse if self.group["maximize"] else numbers.inverse
-        left, right = (
-            side * (scale.to(side) if isinstance(scale, torch.Tensor) else scale) for side in (left, right)
-        )
+        left, right = (side * (scale.to(side) if isinstance(scale, torch.Tensor) else scale) for side in (left, right))
         if isinstance(numbers.found_inf, torch.Tensor):
             skip = numbers.found_inf.to(left.device) != 0
             left, right = (torch.where(skip, 0.0, side) for side in (left, right))
@@ -92,7 +90,7 @@ class Stack:
         drift = move(anchor, now, self.scaling)
         scaled = unstacked(Product(now.left * self.scaling, now.right * self.scaling))
         importances = [bound.importance for bound in self.bounds]
-        found = _ops_lora.lora_pull(importances, scales, unstacked(drift), scaled, sides, curvature, backend)  # type: ignore[arg-type]
+        found = _ops_lora.lora_pull(importances, scales, unstacked(drift), scaled, sides, curvature, backend)
         self.pulls.append((sides, found))
         if len(self.pulls) == 1:
             grams = (drift.left.double().mT @ drift.left.double()) * (drift.right.double() @ drift.right.double().mT)
@@ -151,15 +149,13 @@ class Pass:
         if self.space.estimator == "tangent":
             stack.gradient = [*unstacked(tangent(stack.before, left, right, stack.scaling))]
         else:
-            filled = [
-                torch.zeros_like(now) if grad is None else grad
-                for now, grad in zip(stack.before, (left, right), strict=True)
-            ]
-            stack.gradient = [*unstacked(factored(stack.before, *filled, stack.scaling, stack.group["lr"]))]
+            left = torch.zeros_like(stack.before.left) if left is None else left
+            right = torch.zeros_like(stack.before.right) if right is None else right
+            stack.gradient = [*unstacked(factored(stack.before, left, right, stack.scaling, stack.group["lr"]))]
 
     def _exact(self, bound: Bound) -> Tensor:
-        pair = self.space.pairs[self.space.bounds.index(bound)]
-        dense = pair.take_gradient()
+        gatherer = self.space.gatherers[self.space.bounds.index(bound)]
+        dense = gatherer.take() if gatherer is not None else None
         up = bound.params(self.optimizer.param_groups)[0]
         shape = bound.geometry.matrix_shape
         if dense is None:
@@ -197,7 +193,7 @@ class Pass:
         reg_lambda, clip = stack.group["reg_lambda"], self.numbers.clip
         task = stack.task_gradients(self.numbers)
         for index, result in enumerate(pulls):
-            total = []
+            total: list[Tensor | None] = []
             for side, force in zip(task, (result.grad_up, result.grad_down), strict=True):
                 if side is None or force is None:
                     total.append(None)
@@ -213,8 +209,8 @@ class Pass:
     def _proximal(self, stack: Stack, left: bool, found: dict[Tensor, Operand]) -> None:
         pulls = stack.pull("up" if left else "down", True, self._scales(stack), self.backend)
         now = stack.factors()[0 if left else 1]
-        force = torch.stack([p.grad_up if left else p.grad_down for p in pulls])  # type: ignore[misc]
-        curvature = torch.stack([p.curvature_up if left else p.curvature_down for p in pulls])  # type: ignore[misc]
+        force = torch.stack([p.grad_up if left else p.grad_down for p in pulls])
+        curvature = torch.stack([p.curvature_up if left else p.curvature_down for p in pulls])
         anchor = torch.where(curvature > 0, now - force / curvature, now)
         for index, bound in enumerate(stack.bounds):
             pair = [(side[index], None) if left else (None, side[index]) for side in (curvature, anchor)]
@@ -265,9 +261,11 @@ def statistics(stack: Stack) -> Tensor:
         if gradient is None:
             continue
         grad_sq = grad_sq + squares(gradient)
-        found = [[(p.grad_up, p.curvature_up) if left else (p.grad_down, p.curvature_down) for p in ps] for _, ps in pulls]
+        found = [
+            [(p.grad_up, p.curvature_up) if left else (p.grad_down, p.curvature_down) for p in ps] for _, ps in pulls
+        ]
         rows = next(rows for rows in found if rows[0][0] is not None)
-        force, curvature = (torch.stack(column).double() * reg_lambda for column in zip(*rows, strict=True))  # type: ignore[arg-type]
+        force, curvature = (torch.stack(column).double() * reg_lambda for column in zip(*rows, strict=True))
         pull_sq = pull_sq + squares(force)
         dot = dot + (force * gradient).flatten(1).sum(1)
         denominators = torch.stack([stack.denominators(index)[side] for index in range(len(stack.bounds))])
@@ -283,7 +281,9 @@ def value_of(bound: Bound, optimizer: Any, scale: float | Tensor) -> Tensor:
     anchors = [state.get("anchor", now) for state, now in zip(states, weights, strict=True)]
     if optimizer._anchor and "anchor" not in states[0]:
         slots = optimizer._slots[bound.group]
-        anchors = [optimizer._anchor[slots[i].name].to(now) for i, now in zip((bound.up, bound.down), weights, strict=True)]
+        anchors = [
+            optimizer._anchor[slots[i].name].to(now) for i, now in zip((bound.up, bound.down), weights, strict=True)
+        ]
     now, scaling = factors_of(bound, weights), bound.geometry.scaling
     drift = move(factors_of(bound, anchors), now, scaling)
     importance = as_matrix(bound.importance.to(params[0].device), bound.geometry)  # type: ignore[union-attr]

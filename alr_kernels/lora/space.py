@@ -1,13 +1,13 @@
 """The pairs of an optimizer: which tensors of its groups they are, their importance, and what is kept of them.
 
-``state[B]`` and ``state[A]`` hold ``anchor`` (B*, A*) and ``start`` beside Adam's moments; ω of a pair is dense, shaped as
-the base weight, in ``state[B]["effective_path_integral"]``.
+``state[B]`` and ``state[A]`` hold ``anchor`` (B*, A*) and ``start`` beside Adam's moments; ω of a pair is dense, shaped
+as the base weight, in ``state[B]["effective_path_integral"]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +22,7 @@ from .reference import Product, move
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .pairs import Geometry
+    from .pairs import LoraPair
 
 OMEGA = _state.EFFECTIVE
 
@@ -31,7 +31,7 @@ OMEGA = _state.EFFECTIVE
 class Bound:
     """One pair within an optimizer; parameters are looked up anew each time, because launchers replace them."""
 
-    geometry: Geometry
+    geometry: LoraPair  # its shapes and names, without its data
     group: int
     up: int  # position of B in the group
     down: int
@@ -60,13 +60,14 @@ class Space:
 
     def __init__(self, pairs: LoraPairs, groups: Sequence[Mapping[str, Any]], slots: Sequence[Sequence[_state.Slot]]):
         self.estimator, self.clamp, self.origin = pairs.estimator, pairs.clamp == "step", pairs.origin
-        self.pairs = pairs
+        self.gatherers = [pair.gatherer for pair in pairs]
         self._scales: dict[Any, Tensor] = {}
         places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
         self.bounds: list[Bound] = []
         for pair in pairs:
             up, down = _validate_lora.members(pair, places)
-            self.bounds.append(Bound(pair.geometry, up[0], up[1], down[1]))
+            outline = {side: torch.empty_like(getattr(pair, side), device="meta") for side in ("up", "down")}
+            self.bounds.append(Bound(replace(pair, gatherer=None, **outline), up[0], up[1], down[1]))
         for bound in self.bounds:
             for position, left in ((bound.up, True), (bound.down, False)):
                 slot = slots[bound.group][position]
@@ -115,8 +116,14 @@ class Space:
 
     def drop_gradients(self) -> None:
         """Forget the dense gradients that ``exact`` gathered."""
-        for pair in self.pairs:
-            pair.drop_gradient()
+        for gatherer in self.gatherers:
+            if gatherer is not None:
+                gatherer.take()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.estimator == "exact":
+            _validate_lora.exact_copied()
+        return super().__reduce_ex__(protocol)
 
     def moved(self, bound: Bound, groups: Sequence[Mapping[str, Any]], state: Any) -> Tensor:
         """Return U_end − U_start (U_end with ``origin="zero"``), dense and shaped as the base weight."""
@@ -150,7 +157,7 @@ def kept_importance(bound: Bound, param: Tensor, storage: Storage) -> Encoded:
     return Encoded(_ops.decoded(given).to(DTYPES[kept]).contiguous(), None, kept)
 
 
-def as_matrix(importance: Encoded, geometry: Geometry) -> Encoded:
+def as_matrix(importance: Encoded, geometry: LoraPair) -> Encoded:
     """Return it with two dimensions; block codes lie along the last, so that flattening keeps them whole."""
     rows = geometry.matrix_shape[0]
     scales = importance.scales
