@@ -37,7 +37,7 @@ CAPABILITIES["avx512"] = [*CAPABILITIES["avx2"], "-mavx512f", "-mavx512bw", "-ma
 CAPABILITY_SOURCES = ["finalise_cpu.cpp", "importance_cpu.cpp"]
 STEP_SOURCE = "step_cpu.cpp"  # once more with contraction into fused multiply-adds, for precise=False
 STEP_VARIANTS = {"precise": ["-DALR_PRECISE=1"], "fast": ["-DALR_PRECISE=0", "-ffp-contract=fast"]}
-CONTRACTED_SOURCES = ["fisher_cpu.cpp"]  # a matrix product: held to a tolerance, not to bits
+CONTRACTED_SOURCES = ["fisher_cpu.cpp", "lora_cpu.cpp"]  # matrix products: held to a tolerance, not to bits
 CUDA_SOURCES = ["importance_cuda.cu", "finalise_cuda.cu", "fisher_cuda.cu"]
 CONTRACTED_CUDA_SOURCES = {"fisher_cuda.cu"}
 CUDA_ARCHITECTURES = ["75", "80", "90", "100", "120"]  # cubins; PTX of the newest for what comes after
@@ -266,14 +266,14 @@ class NinjaBuildExt(build_ext):
                     file.add("cxx", f"{stem}.{name}.o", [source / stem], [*own, "-ffp-contract=fast"])
                 for variant, extra in STEP_VARIANTS.items():
                     file.add("cxx", f"{STEP_SOURCE}.{name}.{variant}.o", [source / STEP_SOURCE], [*own, *extra])
-        for stem in ("cpu.cpp", "fisher.cpp"):
+        for stem in ("cpu.cpp", "fisher.cpp", "lora.cpp"):
             file.add("cxx", f"{stem}.o", [source / stem], flags)
         includes = [
             f"-I{build / 'include'}",
             "-isystem", str(copied_pybind11(build)),
             "-isystem", python_headers(),
         ]  # fmt: skip
-        for stem in ("module.cpp", "fisher_module.cpp"):
+        for stem in ("module.cpp", "fisher_module.cpp", "lora_module.cpp"):
             file.add("cxx", f"{stem}.o", [source / stem], [*flags, *includes])
         if cuda.nvcc:
             targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda.architectures]

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "codec_math.h"
+#include "cpu.h"
 
 namespace py = pybind11;
 
@@ -91,6 +91,25 @@ inline void check_blocks(const char* op, const std::vector<int64_t>& numels) {
                                   " elements for codes, got " + std::to_string(numel));
     }
   }
+}
+
+// Importance of a list of tensors as it is kept; `optional`: an address of 0 says that it is not there.
+inline std::vector<Kept> kept_list(const char* op, const char* name, const py::list& values, const py::list& scales,
+                                   const std::vector<int>& formats, const std::vector<int64_t>& numels, bool optional) {
+  const size_t n = numels.size();
+  const std::string scales_name = std::string("scales of ") + name;
+  const Pointers value(op, name, values, n), scale(op, scales_name.c_str(), scales, n);
+  check_size(op, "formats", n, formats.size());
+  std::vector<Kept> kept;
+  for (size_t i = 0; i < n; ++i) {
+    const bool codes = has_scales(formats[i]);
+    check_codes(op, "formats", {codes ? 0 : formats[i]}, kDTypes);
+    if (codes) check_blocks(op, {numels[i]});
+    void* address = value.at<void>(i, optional ? 0 : numels[i]);
+    const int64_t needed = codes && address != nullptr ? numels[i] : 0;
+    kept.push_back({address, scale.at<uint16_t>(i, needed), formats[i]});
+  }
+  return kept;
 }
 
 }  // namespace

@@ -264,7 +264,7 @@ ALR_HOST_DEVICE float block_peak(const float* block) {
 }
 
 // Adds a block to what is gathered and stores it. `block`: [kBlock], 0 beyond `numel`; overwritten. `peak`: its largest.
-__attribute__((noinline)) void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
+inline __attribute__((noinline)) void emit_block(float* block, float peak, const Kept& kept, int64_t begin, int numel, Gathered& gathered) {
   const BlockUnit unit = block_unit(peak);
   BlockSum sum{}, square{};
   for (int i = 0; i < kBlock; i += kSumLanes) {

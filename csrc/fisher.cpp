@@ -2,16 +2,10 @@
 #include "fisher.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <string>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
-#include "cpu.h"
+#include "jobs.h"
 
 namespace alr {
 namespace {
@@ -34,7 +28,6 @@ Kernels kernels() {
 constexpr int64_t kTileRows = 192;     // with kTileColumns: operands and sums of one sample fit a 1 MB cache
 constexpr int64_t kTileColumns = 256;  // whole panels of every instruction set
 constexpr int64_t kFewTiles = 4;       // a thread: up to here a piece more for one thread is noticed
-constexpr double kWorthAThread = 1 << 18;  // multiply-adds
 
 // Cuts `size` into equal pieces of whole steps, as many for each thread where they are few.
 std::vector<int64_t> cuts(int64_t size, int64_t largest, int64_t step, int64_t threads) {
@@ -47,23 +40,13 @@ std::vector<int64_t> cuts(int64_t size, int64_t largest, int64_t step, int64_t t
   return bounds;
 }
 
-struct Scratch {
-  explicit Scratch(int64_t floats) : memory(std::aligned_alloc(64, size_t((floats * 4 + 63) / 64 * 64))) {
-    if (memory == nullptr) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(memory); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* memory;
-};
-
 }  // namespace
 
 void fisher_linear_cpu(const FisherTensor& tensor, int num_threads) {
   if (!tensor.samples || !tensor.tokens || !tensor.rows || !tensor.columns) return;
   const FisherPlan plan = fisher_plan(tensor);
   const double work = double(plan.samples) * double(plan.tokens) * double(tensor.rows) * double(tensor.columns);
-  int threads = int(std::min<double>({double(num_threads), double(kMaxThreads), work / kWorthAThread + 1.0}));
+  const int threads = threads_for(work, num_threads);
   const Kernels call = kernels();
   const std::vector<int64_t> columns = cuts(tensor.columns, kTileColumns, kTileColumns, 1);
   const std::vector<int64_t> rows = cuts(tensor.rows, kTileRows, call.row_step, threads);
@@ -75,25 +58,8 @@ void fisher_linear_cpu(const FisherTensor& tensor, int num_threads) {
       floats = std::max(floats, call.scratch(tiles.back().rows, tiles.back().columns));
     }
   }
-  const int64_t count = int64_t(tiles.size());
-  threads = int(std::min<int64_t>(threads, count));
-  const int64_t stride = (floats + 15) / 16 * 16;
-  const Scratch scratch(stride * threads);  // allocated here: nothing may throw in the parallel region
-  float* memory = static_cast<float*>(scratch.memory);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) call.tile(tensor, plan, tiles[size_t(i)], memory);
-    return;
-  }
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(threads)
-  {
-    float* own = memory + stride * omp_get_thread_num();
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) call.tile(tensor, plan, tiles[size_t(i)], own);
-  }
-#else
-  for (int64_t i = 0; i < count; ++i) call.tile(tensor, plan, tiles[size_t(i)], memory);
-#endif
+  for_jobs(int64_t(tiles.size()), threads, floats,
+           [&](int64_t i, float* scratch) { call.tile(tensor, plan, tiles[size_t(i)], scratch); });
 }
 
 }  // namespace alr

@@ -2,66 +2,14 @@
 // instruction set, with contraction into fused multiply-adds. No standard library code here: the linker could pick a
 // copy of it that needs AVX for everyone.
 #include "fisher.h"
-#include "simd.h"
+#include "panel_cpu.h"
 
 namespace alr {
 namespace ALR_CPU_NAMESPACE {
 namespace {
 
-// A micro-tile of kRows x (kVectors * kLanes) sums stays in registers. With AVX-512 16 of 32: enough to hide the
-// latency, and 8 rows divide what layers have.
-#if defined(__AVX512F__)
-constexpr int kRows = 8;
-#else
-constexpr int kRows = 6;
-#endif
-constexpr int kVectors = 2;
-constexpr int kColumns = kVectors * kLanes;
 // Tokens packed at a time: a panel of kColumns (16 KB with AVX-512) and one of kRows share the L1 cache.
 constexpr int64_t kDepth = 128;
-
-int64_t panels(int64_t size, int64_t width) { return (size + width - 1) / width; }
-
-ALR_HOST_DEVICE V load_vector(const float* from) { return load_float(from); }
-ALR_HOST_DEVICE V load_vector(const BFloat16* from) { return load_bfloat16(from); }
-ALR_HOST_DEVICE V load_vector(const Float16* from) { return load_float16(from); }
-
-// Copies `size` columns of `tokens` rows into panels of kWidth columns: [panel][token][kWidth], zeros beyond the last.
-template <typename T, Term kTerm, int kWidth>
-void pack(const T* from, int64_t stride, int64_t tokens, int64_t size, float* to) {
-  for (int64_t begin = 0; begin < size; begin += kWidth, to += tokens * kWidth) {
-    const int64_t left = size - begin;
-    for (int64_t t = 0; t < tokens; ++t) {
-      const T* row = from + t * stride + begin;
-      float* out = to + t * kWidth;
-      if (kWidth % kLanes == 0 && left >= kWidth) {
-        for (int j = 0; j < kWidth; j += kLanes) store_float(out + j, raised(load_vector(row + j), kTerm));
-      } else if (left >= kWidth) {
-        for (int j = 0; j < kWidth; ++j) out[j] = raised(load(row[j]), kTerm);
-      } else {
-        for (int j = 0; j < kWidth; ++j) out[j] = j < left ? raised(load(row[j]), kTerm) : 0.0f;
-      }
-    }
-  }
-}
-
-struct Sums {
-  V at[kRows][kVectors];
-};
-
-ALR_HOST_DEVICE void multiply(const float* deltas, const float* inputs, int64_t tokens, Sums& sums) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    V x[kVectors];
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) x[j] = load_float(inputs + t * kColumns + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const V delta = splat(deltas[t * kRows + i]);
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sums.at[i][j] += delta * x[j];
-    }
-  }
-}
 
 // Gradient of the tokens so far of one micro-tile; read unless `first`, kept unless `last`.
 struct Part {
@@ -81,13 +29,11 @@ struct Target {
 
 template <Term kTerm>
 void micro(const float* deltas, const float* inputs, int64_t tokens, const Part& part, const Target& target) {
-  Sums sums;
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) {
-      sums.at[i][j] = part.first ? V{} : load_float(part.kept + i * kColumns + j * kLanes);
-    }
+  MicroTile<> sums;
+  if (part.first) {
+    sums = {};
+  } else {
+    load_tile(part.kept, kColumns, sums);
   }
   multiply(deltas, inputs, tokens, sums);
   const bool whole = target.rows == kRows && target.columns == kColumns;
@@ -103,11 +49,7 @@ void micro(const float* deltas, const float* inputs, int64_t tokens, const Part&
     }
     return;
   }
-#pragma GCC unroll 8
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store_float(part.kept + i * kColumns + j * kLanes, sums.at[i][j]);
-  }
+  store_tile(part.kept, kColumns, sums);
   if (!part.last) return;
   for (int64_t i = 0; i < target.rows; ++i) {
     for (int64_t j = 0; j < target.columns; ++j) {
@@ -144,8 +86,9 @@ void tile_loop(const FisherTensor& t, const FisherPlan& plan, const FisherTile& 
     const T* inputs = static_cast<const T*>(t.inputs) + n * plan.tokens * t.columns + tile.column;
     for (int64_t token = 0; token < plan.tokens; token += kDepth) {
       const int64_t left = plan.tokens - token, depth = left < kDepth ? left : kDepth;
-      pack<T, kOperand, kRows>(deltas + token * t.rows, t.rows, depth, tile.rows, b.deltas);
-      pack<T, kOperand, kColumns>(inputs + token * t.columns, t.columns, depth, tile.columns, b.inputs);
+      const auto operand = [](auto x) { return raised(x, kOperand); };
+      pack<kRows>(deltas + token * t.rows, t.rows, depth, tile.rows, b.deltas, operand);
+      pack<kColumns>(inputs + token * t.columns, t.columns, depth, tile.columns, b.inputs, operand);
       add_product<kProduct>(t, tile, b, depth, token == 0, left <= kDepth);
     }
   }
@@ -164,13 +107,13 @@ void tile_of(const FisherTensor& t, const FisherPlan& plan, const FisherTile& ti
 int64_t fisher_row_step() { return kRows; }
 
 int64_t fisher_scratch(int64_t rows, int64_t columns) {
-  const int64_t padded_rows = panels(rows, kRows) * kRows, padded_columns = panels(columns, kColumns) * kColumns;
+  const int64_t padded_rows = padded(rows, kRows), padded_columns = padded(columns, kColumns);
   return (padded_rows + padded_columns) * kDepth + padded_rows * padded_columns;
 }
 
 void fisher_linear_tile(const FisherTensor& t, const FisherPlan& plan, const FisherTile& tile, float* scratch) {
-  const int64_t padded_rows = panels(tile.rows, kRows) * kRows;
-  const int64_t padded_columns = panels(tile.columns, kColumns) * kColumns;
+  const int64_t padded_rows = padded(tile.rows, kRows);
+  const int64_t padded_columns = padded(tile.columns, kColumns);
   const Buffers b{scratch, scratch + padded_rows * kDepth, scratch + (padded_rows + padded_columns) * kDepth};
   switch (t.dtype) {
     case kFloat32: return tile_of<float>(t, plan, tile, b);

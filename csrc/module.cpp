@@ -19,6 +19,7 @@
 namespace alr {
 
 void bind_fisher(py::module_& m);  // fisher_module.cpp
+void bind_lora(py::module_& m);    // lora_module.cpp
 
 namespace {
 
@@ -110,25 +111,6 @@ void step_(const py::list& operands, const std::vector<int64_t>& numels, const s
   for (const ScalarRow& row : scalars) table.push_back(to_scalars(row));
   const py::gil_scoped_release release;
   step_cpu(tensors, table, options, reinterpret_cast<double*>(statistics), num_threads);
-}
-
-// Importance of a list of tensors as it is kept; `optional`: an address of 0 says that it is not there.
-std::vector<Kept> kept_list(const char* op, const char* name, const py::list& values, const py::list& scales,
-                            const std::vector<int>& formats, const std::vector<int64_t>& numels, bool optional) {
-  const size_t n = numels.size();
-  const std::string scales_name = std::string("scales of ") + name;
-  const Pointers value(op, name, values, n), scale(op, scales_name.c_str(), scales, n);
-  check_size(op, "formats", n, formats.size());
-  std::vector<Kept> kept;
-  for (size_t i = 0; i < n; ++i) {
-    const bool codes = has_scales(formats[i]);
-    check_codes(op, "formats", {codes ? 0 : formats[i]}, kDTypes);
-    if (codes) check_blocks(op, {numels[i]});
-    void* address = value.at<void>(i, optional ? 0 : numels[i]);
-    const int64_t needed = codes && address != nullptr ? numels[i] : 0;
-    kept.push_back({address, scale.at<uint16_t>(i, needed), formats[i]});
-  }
-  return kept;
 }
 
 std::vector<AccumulateTensor> accumulate_tensors(const char* op, const py::list& path_integrals,
@@ -358,6 +340,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("importance_cuda_scratch", &alr::importance_cuda_scratch, "numels"_a);
 #endif
   alr::bind_fisher(m);
+  alr::bind_lora(m);
   m.def("build_info", &alr::build_info);
   m.def("cpu_capability", &alr::cpu_capability);
   m.def("set_cpu_capability", &alr::set_cpu_capability, "name"_a);
