@@ -29,7 +29,7 @@ $(PY):
 $(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
 	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
 	$(PIP) torch setuptools wheel pybind11 ninja
-	$(PIP) numpy safetensors typer rich transformers accelerate matplotlib \
+	$(PIP) numpy safetensors typer rich transformers accelerate peft matplotlib \
 	  hypothesis mypy pytest pytest-benchmark ruff scikit-learn
 	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
 	@touch $@

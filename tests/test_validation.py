@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that it changes nothing; every raise of two modules is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of three modules is reached."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import refusals_importance
+import refusals_lora
 import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
@@ -51,10 +52,11 @@ from alr_kernels import (
     _ops,
     _validate,
     _validate_importance,
+    _validate_lora,
     layer_coefficients,
 )
 
-SOURCES = tuple(Path(module.__file__) for module in (_validate, _validate_importance))
+SOURCES = tuple(Path(module.__file__) for module in (_validate, _validate_importance, _validate_lora))
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -316,7 +318,7 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | refusals_importance.REFUSED  # fmt: skip
+} | refusals_importance.REFUSED | refusals_lora.REFUSED  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
