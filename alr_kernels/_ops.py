@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 F64 = torch.float64
 BACKENDS = ("auto", "reference", "native", "triton")
+Key = tuple[torch.device, torch.dtype, int]  # rows with equal ones go together; what is rank1 has a number of its own
 
 
 class BackendUnavailableError(RuntimeError):
@@ -113,9 +114,9 @@ def decode_importance(codes: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def decoded(importance: Encoded) -> Tensor:
-    """Return Ω: the floats themselves, or float32 decoded from codes (a new tensor)."""
-    if importance.scales is None:
-        return importance.values
+    """Return Ω: the floats themselves, or float32 decoded from codes or factors (a new tensor)."""
+    if importance.scales is None or importance.format == "rank1":
+        return importance.decoded()
     return decode_importance(importance.values, importance.scales, CODES[importance.format])
 
 
@@ -130,7 +131,7 @@ def accumulate_eager(
     grads = [grad.resolve_neg() for grad in grads]
     columns = {"path_integrals": path_integrals, "grads": grads, "params": params, "previous": previous}
     laid, write_back = in_layout(columns, {"path_integrals", "previous"})
-    for rows, backend in _by_backend([(t.device, t.dtype) for t in laid["params"]]):
+    for rows, backend in _by_backend([(t.device, t.dtype, -1) for t in laid["params"]]):
         _IMPORTANCE[backend].accumulate_(*([column[i] for i in rows] for column in laid.values()), maximize=maximize)
     for original, copy in write_back:
         original.copy_(copy)
@@ -147,13 +148,16 @@ def finalise_eager(
 ) -> Result:
     columns = {"path_integrals": path_integrals, "params": params, "starts": starts}
     laid, _ = in_layout(columns, (), [kept in CODES for kept in formats])
-    keys = [(p.device, F64 if kept == "fp64" else p.dtype) for p, kept in zip(params, formats, strict=True)]
+    keys = [
+        (param.device, F64 if kept == "fp64" else param.dtype, i if kept == "rank1" else -1)
+        for i, (param, kept) in enumerate(zip(params, formats, strict=True))
+    ]
 
-    def run(backend: str, rows: list[int]) -> Result:
+    def run(backend: str, rows: list[int], kept: list[str]) -> Result:
         lists = ([column[i] for i in rows] for column in laid.values())
-        return _IMPORTANCE[backend].finalise(*lists, [formats[i] for i in rows], xi, relative=relative)
+        return _IMPORTANCE[backend].finalise(*lists, kept, xi, relative=relative)
 
-    return _collected(keys, run)
+    return _collected(keys, formats, run)
 
 
 @torch.no_grad()
@@ -164,8 +168,8 @@ def merge_eager(
     weights: tuple[float, float] | None = (1.0, 1.0),
 ) -> Result:
     sides: list[tuple[Encoded | None, Encoded | None]] = []
-    keys = []
-    for a, b, kept in zip(first, second, formats, strict=True):
+    keys: list[Key] = []
+    for i, (a, b, kept) in enumerate(zip(first, second, formats, strict=True)):
         present = [x for x in (a, b) if x is not None]
         if not present or present[0].shape != present[-1].shape:
             shapes = ", ".join(str(tuple(x.shape)) for x in present) or "none"
@@ -174,42 +178,48 @@ def merge_eager(
         coded = kept in CODES or any(x.scales is not None for x in present)
         in_place = all(map(is_contiguous, values)) if coded else same_dense_layout(values)
         sides.append((a, b) if in_place else (_contiguous(a), _contiguous(b)))
-        wide = "fp64" in (kept, *(x.format for x in present))
-        keys.append((values[0].device, F64 if wide else values[0].dtype))
+        forms = (kept, *(x.format for x in present))
+        dtype = F64 if "fp64" in forms else values[0].dtype
+        keys.append((values[0].device, dtype, i if "rank1" in forms else -1))
 
-    def run(backend: str, rows: list[int]) -> Result:
-        pairs = [sides[i] for i in rows]
-        kept = [formats[i] for i in rows]
-        return _IMPORTANCE[backend].merge([a for a, _ in pairs], [b for _, b in pairs], kept, weights)
+    def run(backend: str, rows: list[int], kept: list[str]) -> Result:
+        first, second = ([_elementwise(sides[i][side]) for i in rows] for side in (0, 1))
+        return _IMPORTANCE[backend].merge(first, second, kept, weights)
 
-    return _collected(keys, run)
+    return _collected(keys, formats, run)
+
+
+def _elementwise(x: Encoded | None) -> Encoded | None:
+    return Encoded.dense(x.decoded()) if x is not None and x.format == "rank1" else x
 
 
 def _contiguous(x: Encoded | None) -> Encoded | None:
     return x and x._replace(values=x.values.contiguous(), scales=None if x.scales is None else x.scales.contiguous())
 
 
-def _collected(keys: list[tuple[torch.device, torch.dtype]], run: Callable[[str, list[int]], Result]) -> Result:
-    """Run each group of rows on the backend that serves it and put the results in the rows' order."""
+def _collected(keys: list[Key], formats: Sequence[str], run: Callable[[str, list[int], list[str]], Result]) -> Result:
+    """Run each group of rows on the backend that serves it, rank1 in float32; put the results in the rows' order."""
     importances: list[Any] = [None] * len(keys)
     stats = torch.zeros(len(keys), len(importance_reference.STATISTICS), dtype=torch.float64)
     histograms = torch.zeros(len(keys), importance_reference.BINS, dtype=torch.int64)
     for rows, backend in _by_backend(keys):
-        found, table, counts = run(backend, rows)
+        found, table, counts = run(backend, rows, ["fp32" if formats[i] == "rank1" else formats[i] for i in rows])
         for i, importance in zip(rows, found, strict=True):
-            importances[i] = importance
+            dense = formats[i] == "rank1"
+            importances[i] = importance_reference.encoded(importance.values, "rank1") if dense else importance
+        del found, importance  # before the next is made
         stats[rows], histograms[rows] = table, counts
     return importances, stats, histograms
 
 
-def _by_backend(keys: Sequence[tuple[torch.device, torch.dtype]]) -> list[tuple[list[int], str]]:
-    """Group row numbers by device and by the backend that serves them."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for i, (device, dtype) in enumerate(keys):
+def _by_backend(keys: Sequence[Key]) -> list[tuple[list[int], str]]:
+    """Group row numbers by device, by the backend that serves them, and by the number of those that go alone."""
+    groups: dict[tuple[str, str, int], list[int]] = {}
+    for i, (device, dtype, alone) in enumerate(keys):
         table = importance_backends(device.type, dtype)
         backend = next(name for name, reason in table.items() if not reason)
-        groups.setdefault((str(device), backend), []).append(i)
-    return [(rows, backend) for (_, backend), rows in groups.items()]
+        groups.setdefault((str(device), backend, alone), []).append(i)
+    return [(rows, backend) for (_, backend, _), rows in groups.items()]
 
 
 @torch.no_grad()
@@ -292,8 +302,8 @@ def finalise(
         path_integrals: [n tensors] float32 (float64 for float64 params): ω.
         params: same shapes: θ_end.
         starts: same shapes and dtypes as params: θ_start.
-        formats: n of ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``, ``"int8"``, ``"int4"``; codes need a last
-            dimension of whole blocks of 128.
+        formats: n of ``"fp32"``, ``"bf16"``, ``"fp16"``, ``"fp64"``, ``"int8"``, ``"int4"``, ``"rank1"``; codes
+            need a last dimension of whole blocks of 128; rank1 makes a dense float32 temporary of one tensor.
         xi: ξ > 0, in units of θ²; with ``relative`` in units of each tensor's mean((θ_end − θ_start)²).
 
     Returns:

@@ -90,7 +90,7 @@ def lora_pull(
     """Return the penalty of each pair and its derivatives by the factors, reading Ω once; k = scale·Ω.
 
     Args:
-        importances: [P] Ω [m, n] in any format, contiguous.
+        importances: [P] Ω [m, n] in any format, contiguous; of rank1 nothing [m, n] is made, whatever the backend.
         scales: [P] float64 on the same device: curvature_scale.
         drifts: U − U* of each, a :class:`Product` ([m, k], [k, n]) float32 (float64 through the reference).
         factors: (s·B [m, r], s·A [r, n]) of each, of the same dtype.
@@ -110,7 +110,17 @@ def lora_pull(
         return []
     chosen = choose_lora_backend(backend, factors[0].left.device, factors[0].left.dtype)
     drifts, factors = list(map(_contiguous, drifts)), list(map(_contiguous, factors))
-    return _LORA[chosen].pulls(importances, scales, drifts, factors, sides, curvature)
+    pulls = _LORA[chosen].pulls
+    others = [i for i, x in enumerate(importances) if x.format != "rank1"]
+    if len(others) == len(importances):
+        return pulls(importances, scales, drifts, factors, sides, curvature)
+    found: list[Pull] = []
+    if others:
+        kept, drifted, pairs = ([column[i] for i in others] for column in (importances, drifts, factors))
+        found = pulls(kept, torch.stack([scales[i] for i in others]), drifted, pairs, sides, curvature)
+    rest = dict(zip(others, found, strict=True))
+    rows = enumerate(zip(importances, scales.unbind(), drifts, factors, strict=True))
+    return [rest[i] if i in rest else reference.pull_rank1(*row, sides, curvature) for i, row in rows]
 
 
 def _contiguous(product: Product) -> Product:

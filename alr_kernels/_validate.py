@@ -63,7 +63,13 @@ def count(option: str, value: Any) -> None:
 def storage_format(option: str, value: object, name: object, allowed: Sequence[str]) -> None:
     if name not in allowed:
         known = ", ".join(map(repr, allowed))
-        raise ValueError(f"{option}: expected one of {known} or such a torch dtype, got {value!r}")
+        hint = ""
+        if name == "rank1":
+            hint = (
+                ": it holds sums of rows and columns, and a step reads elements; use it where importance is kept "
+                "(importance.astype('rank1'), save_importance(dtype='rank1')), which is decoded when it is passed."
+            )
+        raise ValueError(f"{option}: expected one of {known} or such a torch dtype, got {value!r}{hint}")
 
 
 def master(params: Iterable[Tensor]) -> None:

@@ -64,7 +64,7 @@ class AlrAdamW(Readings):
             ``torch.nn.utils.clip_grad_norm_`` before it would; ω is still recorded with the whole gradient, and
             ``optimizer.grad_norm`` holds the norm as a tensor. None: no clipping.
         importance_dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"`` (block codes) or such torch dtypes; None: as it
-            is given, so that an :class:`Importance` in codes is never decoded.
+            is given, so that an :class:`Importance` in codes is never decoded (one in rank1 is, to fp32).
         anchor_dtype: ``"fp32"`` or ``"bf16"`` (lossless for a bf16 checkpoint); None: as the parameter.
         state_dtype: of the moments, ``"fp32"``, ``"bf16"`` or ``"int8"`` (block codes). Vectors, tensors under 4096
             elements and, for codes, rows of no multiple of 128 stay fp32, importance likewise.

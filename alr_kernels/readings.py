@@ -114,8 +114,9 @@ class Readings(Stepping):
             relative: ξ in units of each tensor's mean((θ − θ_start)²).
             allow_nonfinite: give elements whose ω is NaN or inf the importance 0 instead of raising.
             dtype: how Ω is kept: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"`` (block codes, written at once: Ω is
-                never held in float32). Vectors, tensors under 4096 elements and, for codes, rows of no multiple of 128
-                stay fp32.
+                never held in float32), or ``"rank1"`` (row and column sums, see ``Importance.astype``; one tensor's Ω
+                at a time is held in float32). Vectors, tensors under 4096 elements and, for codes, rows of no multiple
+                of 128 stay fp32.
 
         Raises:
             RuntimeError: not constructed with ``record=True``, or no step yet.

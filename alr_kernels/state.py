@@ -78,11 +78,16 @@ class Penalty:
 
     @classmethod
     def of(cls, importance: Importance) -> Penalty:
-        """Check values: a pass over each tensor, of codes over the scales, which are their blocks' largest values."""
+        """Check values: a pass over each tensor, of codes over the scales, which are their blocks' largest values.
+
+        The largest product of rank1's factors is that of their largest.
+        """
         summary, largest = Summary(importance.stats), {}
         for name in summary:
-            values, scales, _ = importance.encoded(name)
+            values, scales, kept = importance.encoded(name)
             largest[name] = _validate_importance.importance_values(name, values if scales is None else scales)
+            if kept == "rank1":
+                largest[name] *= _validate_importance.importance_values(name, values)
         sums = {name: row.mean * row.numel for name, row in summary.items()}
         _validate_importance.some_importance(sums)
         return cls(summary, importance.content_fingerprint, sums, largest)
@@ -192,7 +197,7 @@ def encode(slot: Slot, param: Tensor, storage: Storage) -> str:
     assert slot.importance is not None
     given = slot.importance.to(param.device)
     kept = storage.importance_format(param, given.format)
-    if kept in CODES or (given.scales is not None and kept != given.format):
+    if kept in CODES or (given.format in CODES and kept != given.format):
         values = given._replace(values=given.values.contiguous())
         slot.importance = _ops.merge([values], [None], [kept], (1.0, 0.0))[0][0] if kept != given.format else values
     else:

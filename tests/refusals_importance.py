@@ -47,6 +47,18 @@ REFUSED = {
         lambda c: writer({"w": (2,)}).add("v", p(2)), ValueError, "'v' is not one of the tensors.*'w'",
     ),
     "file with a tensor twice": (lambda c: twice(writer({"w": (2,)})), ValueError, "'w' was added before.*once"),
+    "form of an importance": (
+        lambda c: Importance(c.importance).astype("rank2"),
+        ValueError, "dtype: expected one of 'fp32', 'bf16', 'int8', 'int4', 'rank1' or .*got 'rank2'",
+    ),
+    "form of a recording": (
+        lambda c: c.optimizer.recorded_importance(dtype=torch.float16),
+        ValueError, "dtype: expected one of 'fp32', 'bf16', 'int8', 'int4', 'rank1' or .*got torch.float16",
+    ),
+    "form that steps cannot read": (
+        lambda c: c.optimizer.__class__([("w", p(2))], {"w": torch.ones(2)}, importance_dtype="rank1"),
+        ValueError, r"importance_dtype: .*got 'rank1': .*a step reads elements; .*astype\('rank1'\).*is decoded",
+    ),
     "file with another shape": (
         lambda c: writer({"w": (2,)}).add("w", p(3)), ValueError, r"'w': expected shape \(2,\), got \(3,\)",
     ),

@@ -176,7 +176,7 @@ def rewritten(path, **changes):
     safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
-@pytest.mark.parametrize("version", ["1", "3", "99", "x", "", "-1"])
+@pytest.mark.parametrize("version", ["1", "4", "99", "x", "", "-1"])
 def test_newer_or_unreadable_format_version(saved, version):
     rewritten(saved[1], format_version=version)
     with pytest.raises(ImportanceFileError, match={"1": "record it again"}.get(version, "upgrade alr_kernels")):
@@ -192,6 +192,9 @@ def test_newer_or_unreadable_format_version(saved, version):
         ("layout", '[["embed.weight", "fp32", [1]]]'),
         ("layout", '[["embed.weight", "fp31", [11, 4]]]'),
         ("layout", '[["embed.weight", "int4", []]]'),
+        ("layout", '[["embed.weight", "rank1", []]]'),
+        ("layout", '[["embed.weight", "rank1", [11, 4]]]'),
+        ("layout", '[["embed.weight", ["fp32"], [11, 4]]]'),
         ("layout", '{"embed.weight": {"a": 1}}'),
         ("fingerprint", "0123456789abcdef"),
     ],

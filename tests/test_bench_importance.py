@@ -91,14 +91,48 @@ def test_published_models_have_their_sizes(name, parameters, share):
     assert chosen / parameters == pytest.approx(share, abs=5e-4)
 
 
-def test_storage_is_of_real_files(monkeypatch):
+def test_storage_is_of_files(monkeypatch):
+    """A size that is foretold is that of the file which is written."""
     shapes = {f"layers.{i}.{part}_proj.weight": (64, 128) for i in range(2) for part in "qkv"} | {"norm": (128,)}
     monkeypatch.setattr(claim, "shapes_of_model", lambda name: shapes)
-    (row,) = claim.storage(["llama-3.2-3b"])
-    assert (row["parameters"], row["elements"]) == (6 * 8192 + 128, 4 * 8192)
-    assert 0 < row["file_bytes"] - 4 * (4096 + 128) < 8000
-    assert 0 < row["fisher_bytes"] - 4 * row["parameters"] < 8000
-    assert row["share"] == row["file_bytes"] / row["fisher_bytes"]
+    rows = claim.storage(["llama-3.2-3b"], written=claim.DTYPES)
+    foretold = claim.storage(["llama-3.2-3b"], written=())
+    assert [{**row, "written": False} for row in rows] == foretold
+    data = {"fp32": 4 * 8192, "bf16": 2 * 8192, "int8": 8192 + 128, "int4": 4096 + 128, "rank1": 4 * (64 + 128)}
+    assert [row["dtype"] for row in rows] == list(data)
+    for row in rows:
+        assert (row["parameters"], row["elements"]) == (6 * 8192 + 128, 4 * 8192)
+        assert 0 < row["file_bytes"] - 4 * data[row["dtype"]] < 8000
+        assert 0 < row["fisher_bytes"] - 4 * row["parameters"] < 8000
+        assert row["share"] == row["file_bytes"] / row["fisher_bytes"]
+        assert row["anchor_bytes"] == 4 * 4 * 16 * (64 + 128)
+        assert row["ewc_bytes"] == row["fisher_bytes"] + 4 * row["parameters"]
+        assert row["share_of_ewc"] == (row["file_bytes"] + row["anchor_bytes"]) / row["ewc_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "percent"),
+    [
+        ("llama-3.2-3b", (1.409, 0.705, 0.358, 0.182), (10.97, 5.48, 2.78, 1.41)),
+        ("gptj-6b", (3.758, 1.879, 0.954, 0.484), (15.53, 7.76, 3.94, 2.00)),
+        ("llama-3.1-8b", (2.684, 1.342, 0.682, 0.346), (8.36, 4.18, 2.12, 1.08)),
+    ],
+)
+def test_storage_of_published_models(name, gigabytes, percent):
+    """Elements and scales by the shapes' formulas; what a header adds is the rest."""
+    rows = claim.storage([name], written=())
+    for row, size, share in zip(rows, gigabytes, percent, strict=False):
+        assert row["file_bytes"] / 1e9 == pytest.approx(size, abs=6e-4)
+        assert 100 * row["share"] == pytest.approx(share, abs=6e-3)
+    chosen = [shape for key, shape in claim.shapes_of_model(name).items() if key.endswith(claim.TARGETS)]
+    assert rows[-1]["dtype"] == "rank1"
+    header = rows[-1]["file_bytes"] - sum(4 * sum(shape) for shape in chosen) - 8 * len(chosen) * (7 + 64)
+    assert 0 < header < 300 * len(chosen)
+    assert rows[-1]["share"] < 2e-4
+    assert rows[-1]["share_of_ewc"] < 1e-3
+    text = printed({"passes": [], "claim": [], "storage": rows})
+    for words in ("rank1", "MB *", f"{percent[3]:.2f} %", "it was not written", "rank 16"):
+        assert words in text
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -117,3 +151,7 @@ def test_command_writes_results(tmp_path, monkeypatch):
     results = json.loads(target.read_text(encoding="utf-8"))
     assert [row["model"] for row in results["claim"]] == ["demo-llama"]
     assert results["passes"][0]["rows"]
+    pairs = [(row["model"], row["dtype"]) for row in results["storage"]]
+    assert pairs == [(model, dtype) for model in claim.MODELS for dtype in claim.DTYPES]
+    assert not any(row["written"] for row in results["storage"])
+    assert "rank1" in done.output

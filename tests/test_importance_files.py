@@ -18,6 +18,7 @@ from alr_kernels.importance import ImportanceWriter, TensorStats, files
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 kinds = pytest.mark.parametrize("kind", KINDS)
+stored = pytest.mark.parametrize("kind", [*KINDS, "rank1"])  # what steps do not read too
 
 
 def recording(dtype=F32, **options):
@@ -40,7 +41,7 @@ def assert_same_entries(got, expected):
     assert got.content_fingerprint == expected.content_fingerprint
 
 
-@kinds
+@stored
 def test_recorded_in_a_form_is_the_form_of_what_is_recorded(kind):
     optimizer = recording()
     wide, kept = optimizer.recorded_importance(), optimizer.recorded_importance(dtype=kind)
@@ -55,12 +56,16 @@ def test_recorded_in_a_form_is_the_form_of_what_is_recorded(kind):
             off = codes.double() - oracle.encode(wide[name], scale_kind)[0]
             assert off.abs().max() <= 1, name
             assert off.count_nonzero() < 5, f"{name}: more than ties differ"
+        elif form == "rank1":
+            rows, columns = (wide[name].double().flatten(1).sum(dim) for dim in (1, 0))
+            expected = torch.outer(rows, columns / rows.sum()).view(wide[name].shape)
+            torch.testing.assert_close(kept[name].double(), expected, rtol=2e-7, atol=0)
         else:
             assert same_bits(kept[name], wide[name].to(F32 if form == "fp32" else BF16)), name
     assert_same_entries(wide.astype(kind), kept)
 
 
-@kinds
+@stored
 @pytest.mark.parametrize("how", ["save", "writer", "optimizer"])
 def test_every_form_survives_its_file(tmp_path, kind, how):
     optimizer = recording()
@@ -124,7 +129,7 @@ def test_what_is_not_finite_stays_out_and_leaves_the_old_file(tmp_path, way):
     assert all(bool(torch.isfinite(tensor).all()) for tensor in result.values())
 
 
-@kinds
+@stored
 @pytest.mark.parametrize("lost", [torch.nan, torch.inf])
 def test_a_lost_weight_leaves_the_others_their_relative_xi(lost, kind):
     importances = []
@@ -144,7 +149,7 @@ def test_a_lost_weight_leaves_the_others_their_relative_xi(lost, kind):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16, F64], ids=str)
-@kinds
+@stored
 def test_any_form_of_any_dtype(tmp_path, kind, dtype):
     """float64 parameters stay wide, as in the optimizer."""
     optimizer = recording(dtype)
@@ -178,7 +183,7 @@ def test_optimizer_takes_what_is_encoded_as_it_is(kind, dtype, monkeypatch):
     assert {codes.encoded(name).values.data_ptr() for name in codes} <= held, "used, not copied"
 
 
-@pytest.mark.parametrize("given", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("given", ["bf16", "int8", "int4", "rank1"])
 @kinds
 def test_a_form_that_is_asked_for_wins(given, kind):
     importance = recording().recorded_importance(dtype=given)
@@ -249,7 +254,7 @@ print("read", peak - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc: memory is read from Linux's")
-@pytest.mark.parametrize("kind", ["fp32", "int4"])
+@pytest.mark.parametrize("kind", ["fp32", "int4", "rank1"])
 def test_memory_holds_one_tensor_at_a_time(tmp_path, kind):
     root = Path(__file__).parent.parent
     arguments = [sys.executable, "-c", STREAMED, str(tmp_path / "i.safetensors"), kind]

@@ -49,8 +49,8 @@ def test_rules_are_the_formulas_and_what_one_lacks_is_zero(rule, weight):
 
 
 @rules
-@pytest.mark.parametrize("second", ["fp32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("first", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("second", ["fp32", "bf16", "int8", "int4", "rank1"])
+@pytest.mark.parametrize("first", ["fp32", "bf16", "int8", "int4", "rank1"])
 def test_result_has_the_form_of_the_first(first, second, rule, weight):
     a = Importance({"both": spread(1), "first": spread(2)}).astype(first)
     b = Importance({"both": spread(3), "second": spread(4), "vector": spread(5, 4)}).astype(second)
@@ -70,6 +70,9 @@ def test_result_has_the_form_of_the_first(first, second, rule, weight):
         elif first == "bf16" and name != "vector":
             assert merged[name].dtype is BF16
             torch.testing.assert_close(merged[name].double(), wanted, rtol=2**-8, atol=0)
+        elif first == "rank1" and name != "vector":
+            product = torch.outer(wanted.sum(1), wanted.sum(0) / wanted.sum()).nan_to_num()  # 0 of no importance
+            torch.testing.assert_close(merged[name].double(), product, rtol=5e-7, atol=0)
         else:
             torch.testing.assert_close(merged[name].double(), wanted, rtol=2e-7, atol=0)
 

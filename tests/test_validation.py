@@ -102,6 +102,7 @@ REFUSED = {
         for option, value, known in (
             ("importance_dtype", "int2", "'fp32', 'bf16', 'int8', 'int4'"),
             ("importance_dtype", torch.float16, "'fp32', 'bf16', 'int8', 'int4'"),
+            ("importance_dtype", "rank1", "'fp32', 'bf16', 'int8', 'int4'"),
             ("importance_dtype", torch.uint8, "'fp32', 'bf16', 'int8', 'int4'"),
             ("anchor_dtype", "int8", "'fp32', 'bf16'"),
             ("anchor_dtype", torch.float64, "'fp32', 'bf16'"),

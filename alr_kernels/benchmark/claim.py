@@ -29,6 +29,9 @@ Shape = tuple[int, int, int]
 SHORT = ((16, 128, 4), (16, 16, 8))  # as SHAPES, for a quick look
 LEAN = {"state_dtype": "int8", "master": "split"}  # of the published models' optimizer
 TARGETS = ("q_proj.weight", "v_proj.weight")  # what the paper's LoRA keeps importance of
+RANK = 16  # of the LoRA whose factors are the anchor
+DTYPES = ("fp32", "bf16", "int8", "int4", "rank1")
+WRITTEN = ("int4", "rank1")  # to real files: half a gigabyte at most
 
 
 def config_of(name: str) -> Any:
@@ -64,44 +67,69 @@ def shapes_of_model(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def storage(
-    models: Sequence[str] = MODELS, dtype: str = "int4", tick: Callable[[str], None] = lambda name: None
+    models: Sequence[str] = MODELS,
+    dtypes: Sequence[str] = DTYPES,
+    written: Sequence[str] = WRITTEN,
+    tick: Callable[[str], None] = lambda name: None,
 ) -> list[dict[str, Any]]:
-    """Write the importance of q_proj and v_proj of each model to a real file, and compare it with a Fisher's.
+    """Compare the files of the importance of q_proj and v_proj, in every form, with a Fisher's of all weights.
+
+    Args:
+        models: of :data:`MODELS`.
+        dtypes: forms of storage.
+        written: those of which real files are written, of random values; of the others, as of the Fisher, the size is
+            taken that a file has before a value is written.
+        tick: is told what is looked at.
 
     Returns:
-        per model: elements and bytes of the file, bytes of an fp32 Fisher of all weights (the size that its file has
-        before a value is written), and their quotient.
+        per model and form: bytes of the file, of an fp32 Fisher of all weights, and their quotient; bytes of EWC, which
+        keeps an fp32 anchor of all weights beside it, of our anchor (LoRA's factors in fp32 at rank :data:`RANK`), and
+        the quotient of both with their anchors.
     """
     rows = []
     for name in models:
         tick(name)
         shapes = shapes_of_model(name)
         chosen = {key: shape for key, shape in shapes.items() if key.endswith(TARGETS)}
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "importance.safetensors"
-            with ImportanceWriter(path, chosen, dtype=dtype, method="path_integral", xi=1e-6) as writer:
-                for key, shape in chosen.items():
-                    writer.add(key, torch.randn(shape).mul_(2.0).exp_())
-            written = path.stat().st_size
-            whole = ImportanceWriter(Path(folder) / "fisher.safetensors", shapes, method="fisher")
-            fisher = whole.nbytes
-            whole.abort()
-        elements = sum(map(math.prod, chosen.values()))
-        total = sum(map(math.prod, shapes.values()))
-        rows.append(
-            {
-                "model": name,
-                "parameters": total,
-                "tensors": len(chosen),
-                "elements": elements,
-                "dtype": dtype,
-                "file_bytes": written,
-                "fisher_bytes": fisher,
-                "share": written / fisher,
-                "share_fp32": 4 * elements / fisher,  # the paper's figure
-            }
-        )
+        elements, total = (sum(map(math.prod, some.values())) for some in (chosen, shapes))
+        fisher = _file_bytes(shapes, "fp32", write=False)
+        anchor = sum(4 * RANK * sum(shape) for shape in chosen.values())
+        for dtype in dtypes:
+            tick(f"{name}, {dtype}")
+            size = _file_bytes(chosen, dtype, write=dtype in written)
+            rows.append(
+                {
+                    "model": name,
+                    "parameters": total,
+                    "tensors": len(chosen),
+                    "elements": elements,
+                    "dtype": dtype,
+                    "file_bytes": size,
+                    "written": dtype in written,
+                    "fisher_bytes": fisher,
+                    "share": size / fisher,
+                    "share_fp32": 4 * elements / fisher,  # the paper's figure
+                    "rank": RANK,
+                    "anchor_bytes": anchor,
+                    "ewc_bytes": fisher + 4 * total,
+                    "share_of_ewc": (size + anchor) / (fisher + 4 * total),
+                }
+            )
     return rows
+
+
+def _file_bytes(shapes: dict[str, tuple[int, ...]], dtype: str, write: bool) -> int:
+    """Return the size of an importance file of these tensors; ``write``: of one that is written, and removed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "importance.safetensors"
+        writer = ImportanceWriter(path, shapes, dtype=dtype, method="path_integral", xi=1e-6)
+        if not write:
+            writer.abort()
+            return writer.nbytes
+        with writer:
+            for key, shape in shapes.items():
+                writer.add(key, torch.randn(shape).mul_(2.0).exp_())
+        return path.stat().st_size
 
 
 DEMO_MODELS = ("demo-llama", "demo-gptj")

@@ -122,23 +122,42 @@ def _two_digits(value: float) -> str:
 
 
 def storage(rows: list[dict[str, Any]]) -> Table:
-    """Return the bytes of the importance of q_proj and v_proj beside a Fisher's of all weights."""
+    """Return the bytes of the importance of q_proj and v_proj in each form, beside a Fisher's of all weights."""
     shown = _table(
-        "Bytes of importance: q_proj and v_proj, written to a file, beside an fp32 Fisher of all weights",
+        "Bytes of importance: q_proj and v_proj, beside an fp32 Fisher of all weights"
+        + (f";\nfp32 anchors: LoRA factors of rank {rows[0]['rank']}, beside all weights" if "rank" in rows[0] else ""),
         "model",
         "parameters",
-        "Fisher, GB",
-        "q + v in fp32",
-        "q + v, file, GB",
+        "Fisher",
+        "q + v as",
+        "file",
         "of the Fisher",
+        "both with\nanchors",
     )
+    before = None
     for row in rows:
+        if before not in (None, row["model"]):
+            shown.add_section()
+        first = row["model"] != before
+        before = row["model"]
+        whole = row.get("ewc_bytes")
         shown.add_row(
-            row["model"],
-            f"{row['parameters'] / 1e9:.2f} G",
-            f"{row['fisher_bytes'] / 1e9:.2f}",
-            f"{100 * row['share_fp32']:.1f} %",
-            f"{row['file_bytes'] / 1e9:.3f} ({row['dtype']})",
-            f"{100 * row['share']:.2f} %",
+            row["model"] if first else "",
+            f"{row['parameters'] / 1e9:.2f} G" if first else "",
+            _size(row["fisher_bytes"]) if first else "",
+            row["dtype"],
+            _size(row["file_bytes"]) + ("" if row.get("written", True) else " *"),
+            _percent(row["share"]),
+            "" if whole is None else f"{_percent(row['share_of_ewc'])} of {_size(whole)}",
         )
+    if not all(row.get("written", True) for row in rows):
+        shown.caption = "* the size that the file would have; it was not written"
     return shown
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %" if share >= 1e-3 else f"{100 * share:.2g} %"

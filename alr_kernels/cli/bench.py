@@ -47,8 +47,8 @@ def bench(
         bool,
         typer.Option(
             "--importance",
-            help="Instead of steps, the passes that importance takes and its cost beside a Fisher; "
-            "with --full two models and the bytes of real files (half a gigabyte in the temporary folder). "
+            help="Instead of steps, the passes that importance takes and its cost beside a Fisher, and the bytes "
+            "of both; with --full two models, and files are written (half a gigabyte in the temporary folder). "
             "--scale and --compile do not apply to the Fisher.",
         ),
     ] = False,
@@ -156,8 +156,8 @@ def _measure_importance(names: list[str], device: str, scale: float, full: bool,
                 status.update(name)
                 shapes_seen = claim.SHAPES if full else claim.SHORT
                 results["claim"].append(claim.run_model(name, device, rounds=rounds, shapes=shapes_seen))
-            if full:
-                results["storage"] = claim.storage(tick=lambda name: status.update(f"writing {name}"))
+            written = claim.WRITTEN if full else ()
+            results["storage"] = claim.storage(written=written, tick=lambda name: status.update(f"bytes of {name}"))
     importance_table.show(results, console)
     return results
 

@@ -16,17 +16,19 @@ SMALL = 4096  # elements; below, and for vectors, everything stays fp32: nothing
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 NAMES = {str(dtype): name for name, dtype in DTYPES.items()} | {"torch.int8": "int8", "torch.int4": "int4"}
 FORMATS = {
-    "importance_dtype": ("fp32", "bf16", "int8", "int4"),
+    "dtype": ("fp32", "bf16", "int8", "int4", "rank1"),  # of an importance that is kept
+    "importance_dtype": ("fp32", "bf16", "int8", "int4"),  # of one whose elements steps read
     "anchor_dtype": ("fp32", "bf16"),
     "state_dtype": ("fp32", "bf16", "int8"),
 }
 CODES = {"int8": 8, "int4": 4}  # bits
+IN_TWO = (*CODES, "rank1")  # kept as values and scales
 
 
-def parse(option: str, value: object, role: str = "importance_dtype") -> str:
-    """Return the name of a format given as a string or a torch dtype; ``role``: which of FORMATS it is."""
+def parse(option: str, value: object) -> str:
+    """Return the name of a format given as a string or a torch dtype; ``option``: one of FORMATS."""
     name = NAMES.get(str(value)) if isinstance(value, torch.dtype) else value
-    _validate.storage_format(option, value, name, FORMATS[role])
+    _validate.storage_format(option, value, name, FORMATS[option])
     return str(name)
 
 
@@ -44,8 +46,8 @@ class Storage:
         """Check the options and return them."""
         return cls(
             None if importance_dtype is None else parse("importance_dtype", importance_dtype),
-            None if anchor_dtype is None else parse("anchor_dtype", anchor_dtype, "anchor_dtype"),
-            parse("state_dtype", state_dtype, "state_dtype"),
+            None if anchor_dtype is None else parse("anchor_dtype", anchor_dtype),
+            parse("state_dtype", state_dtype),
             master,
         )
 

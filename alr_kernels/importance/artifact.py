@@ -26,8 +26,8 @@ MERGE_RULES = ("sum", "max", "weighted", "decayed")
 class Importance(Mapping[str, "Tensor"]):
     """Element-wise importance Ω ≥ 0 by parameter name, read-only, with how it was made.
 
-    ``importance[name]`` is Ω as floats: decoded anew at each look where it is kept in codes. ``encoded(name)`` is what
-    is kept.
+    ``importance[name]`` is Ω as floats: decoded anew at each look where it is kept as something else.
+    ``encoded(name)`` is what is kept.
 
     Args:
         tensors: name → Ω, floating-point tensors shaped as their parameters, or encoded ones. Names are unwrapped.
@@ -111,7 +111,7 @@ class Importance(Mapping[str, "Tensor"]):
         return sorted(sizes, key=lambda kept: -sizes[kept])
 
     def encoded(self, name: str) -> Encoded:
-        """Return what is kept of a parameter: floats, or codes with their scales. Do not write into it."""
+        """Return what is kept of a parameter: floats, codes with their scales, or factors. Do not write into it."""
         known = name if name in self._entries else unwrap(name)
         if known not in self._entries:
             _validate_importance.unknown_entry(name, self._entries)
@@ -170,17 +170,19 @@ class Importance(Mapping[str, "Tensor"]):
         """Return it in another form of storage.
 
         Args:
-            dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"`` (block codes). Vectors, tensors under 4096 elements
-                and, for codes, rows of no multiple of 128 stay fp32.
+            dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"`` (block codes), or ``"rank1"``: of a tensor viewed as
+                a matrix [shape[0], the rest] its row sums and column sums alone, of which Ω is taken to be the product,
+                Ω_ij ≈ row_i · column_j / total. Vectors, tensors under 4096 elements and, for codes, rows of no
+                multiple of 128 stay fp32.
 
         Statistics stay those of the original.
 
         >>> import torch
         >>> importance = Importance({"layers.0.weight": torch.rand(64, 128)})
-        >>> importance.nbytes, importance.astype("int4").nbytes
-        (32768, 4224)
+        >>> [importance.astype(dtype).nbytes for dtype in ("fp32", "int4", "rank1")]
+        [32768, 4224, 768]
         """
-        kept = parse("dtype", dtype, "importance_dtype")
+        kept = parse("dtype", dtype)
         return self._combined(
             None, (1.0, 0.0), {name: fitting(kept, entry.shape) for name, entry in self._entries.items()}
         )._with(self._stats, self.steps, self.is_normalized)
@@ -203,6 +205,8 @@ class Importance(Mapping[str, "Tensor"]):
         weight: float | None = None,
     ) -> Importance:
         """Return both in one, for the next of several domains; computed on the codes, block by block.
+
+        Ω kept as rank1 is decoded, merged in float32 and encoded again, one tensor at a time.
 
         ==========  =====================================================================
         sum         Ω_a + Ω_b

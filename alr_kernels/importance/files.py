@@ -25,7 +25,7 @@ from .. import _validate, _validate_importance
 from .._version import __version__
 from ..codecs.encoded import Encoded
 from ..codecs.reference import BLOCK
-from ..codecs.storage import CODES, fitting, parse
+from ..codecs.storage import CODES, IN_TWO, fitting, parse
 from ..names import unwrap
 from .statistics import BINS, STATISTICS, TensorStats, stacked
 
@@ -38,10 +38,11 @@ except ImportError:  # Windows: what killed writers leave stays
     fcntl = None  # type: ignore[assignment]
 
 FORMAT = "alr_kernels.importance"
-FORMAT_VERSION = 2  # 1 was never released
+FORMAT_VERSION = 3  # of files with rank1 in them; others stay 2, which older versions read. 1 was never released
+OLDEST_VERSION = 2
 STATISTICS_NAME, HISTOGRAM_NAME, SCALES_SUFFIX = ":statistics", ":histogram", ":scales"  # ":" is in no parameter's name
 # safetensors' names of dtypes, widest first: the order in which tensors lie, so that each is aligned to its width.
-SAFETENSORS = {"fp64": "F64", "int64": "I64", "fp32": "F32", "bf16": "BF16", "fp16": "F16", "int8": "U8", "int4": "U8"}
+SAFETENSORS = {"fp64": "F64", "fp32": "F32", "rank1": "F32", "bf16": "BF16", "fp16": "F16", "int8": "U8", "int4": "U8"}
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 
 
@@ -79,6 +80,9 @@ def _table(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
         HISTOGRAM_NAME: ("I64", (len(layout), BINS)),
     }
     for name, (kept, shape) in layout.items():
+        if kept == "rank1":
+            parts |= {name: (SAFETENSORS[kept], shape[:1]), name + SCALES_SUFFIX: (SAFETENSORS[kept], shape[1:])}
+            continue
         stored = (*shape[:-1], shape[-1] // 2) if kept == "int4" else tuple(shape)
         parts[name] = (SAFETENSORS[kept], stored)
         if kept in CODES:
@@ -94,8 +98,8 @@ class ImportanceWriter:
     Args:
         path: ends in ``.safetensors``; its folder exists.
         shapes: name → shape of the parameter, of every tensor to come.
-        dtype: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``; vectors, tensors under 4096 elements and, for codes,
-            rows of no multiple of 128 stay fp32.
+        dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"`` or ``"rank1"``; vectors, tensors under 4096 elements and,
+            for codes, rows of no multiple of 128 stay fp32.
         method, xi, relative, steps, normalized: as of :class:`Importance`.
 
     Raises:
@@ -123,7 +127,7 @@ class ImportanceWriter:
         steps: int = 0,
         normalized: bool = False,
     ) -> None:
-        kept = parse("dtype", dtype, "importance_dtype")
+        kept = parse("dtype", dtype)
         _validate.distinct_names(unwrap(name) for name in shapes)
         layout = {unwrap(name): tuple(shape) for name, shape in shapes.items()}
         about = About(method, xi, relative, steps, normalized)
@@ -255,9 +259,10 @@ class Scratch:
 
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the head of the file and the places (begin, end) of its tensors."""
+    newer = any(kept == "rank1" for kept, _ in layout.values())
     metadata = {
         "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
+        "format_version": str(FORMAT_VERSION if newer else OLDEST_VERSION),
         "package_version": __version__,
         "method": about.method,
         "fingerprint": fingerprint({name: shape for name, (_, shape) in layout.items()}),
@@ -307,13 +312,14 @@ def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded],
             metadata = file.metadata() or {}
             _check_format(path, metadata)
             layout = {name: (kept, tuple(shape)) for name, kept, shape in json.loads(metadata["layout"])}
+            _check_forms(path, metadata, layout)
             expected = {name: (dtype, list(shape)) for name, (dtype, shape) in _table(layout).items()}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
             _check_layout(path, metadata["fingerprint"], layout, expected, found)
             entries = {}
             for name, (kept, _) in layout.items():
-                scales = file.get_tensor(name + SCALES_SUFFIX) if kept in CODES else None
+                scales = file.get_tensor(name + SCALES_SUFFIX) if kept in IN_TWO else None
                 entries[name] = Encoded(file.get_tensor(name), scales, kept)
             table, counts = (file.get_tensor(name).cpu() for name in (STATISTICS_NAME, HISTOGRAM_NAME))
         about = About(metadata["method"], **json.loads(metadata["about"]))
@@ -340,10 +346,20 @@ def _check_format(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> 
             f"importance file {str(path)!r}: format version {version!r} is newer than {FORMAT_VERSION}, written by "
             f"alr_kernels {writer}; this is {__version__}: upgrade alr_kernels."
         )
-    if int(version) < FORMAT_VERSION:
+    if int(version) < OLDEST_VERSION:
         raise ImportanceFileError(
             f"importance file {str(path)!r}: format version {version} was written by a development version before "
-            f"0.1.0; this reads {FORMAT_VERSION}: record it again."
+            f"0.1.0; this reads {OLDEST_VERSION} and {FORMAT_VERSION}: record it again."
+        )
+
+
+def _check_forms(path: str | os.PathLike[str], metadata: Mapping[str, str], layout: Layout) -> None:
+    unknown = {kept for kept, _ in layout.values()} - set(SAFETENSORS)
+    if unknown:
+        raise ImportanceFileError(
+            f"importance file {str(path)!r}: expected tensors in the forms {', '.join(SAFETENSORS)}, got "
+            f"{_validate.listed(unknown)}, written by alr_kernels {metadata.get('package_version', '?')}; "
+            f"this is {__version__}: upgrade alr_kernels."
         )
 
 

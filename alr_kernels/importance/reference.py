@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..codecs.encoded import Encoded
-from ..codecs.reference import encode_importance
+from ..codecs.reference import encode_importance, encode_rank1
 from ..codecs.storage import CODES, DTYPES
 from .statistics import BINS, STATISTICS, histogram, statistics
 
@@ -95,6 +95,8 @@ def merge(
 
 def encoded(importance: Tensor, kept: str) -> Encoded:
     """Return Ω in a format."""
+    if kept == "rank1":
+        return Encoded(*encode_rank1(importance), kept)
     if kept not in CODES:
         return Encoded(importance.to(DTYPES[kept]), None, kept)
     return Encoded(*encode_importance(importance, CODES[kept]), kept)

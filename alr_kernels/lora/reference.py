@@ -92,6 +92,34 @@ def pull(
     return result
 
 
+def pull_rank1(
+    importance: Encoded, scale: float | Tensor, drift: Product, factors: Product, sides: str, curvature: bool
+) -> Pull:
+    """Return what :func:`pull` does for Ω = r·cᵀ, the form rank1, from products of the factors alone.
+
+    With U − U* = L·R the force is scale·diag(r)·L·R·diag(c), and the value ½·scale·tr(Lᵀdiag(r)L · R diag(c)Rᵀ).
+    Nothing [m, n] is made: time and memory grow with m + n. Sums that end in the value are in float64.
+    """
+    (up, down), (left, right) = factors, drift
+    rows, columns, _ = importance
+    assert columns is not None
+    result = empty_pull(up, down, sides, curvature)
+    wide_left, wide_right = left.double(), right.double()
+    within = (wide_left.T * rows.double()) @ wide_left, (wide_right * columns.double()) @ wide_right.T
+    result.value.copy_(penalty.curvature((within[0] * within[1]).sum(), scale)).mul_(0.5)
+    k_rows, columns = penalty.curvature(rows.to(up.dtype), scale), columns.to(up.dtype)
+    weighted = right * columns
+    if result.grad_up is not None:
+        result.grad_up.copy_(left @ (weighted @ down.T)).mul_(k_rows[:, None])
+    if result.grad_down is not None:
+        result.grad_down.copy_(((up.T * k_rows) @ left) @ weighted)
+    if result.curvature_up is not None:
+        result.curvature_up.copy_(torch.outer(k_rows, (down.abs() * down.abs().sum(0)) @ columns))
+    if result.curvature_down is not None:
+        result.curvature_down.copy_(torch.outer(k_rows @ (up.abs() * up.abs().sum(1, keepdim=True)), columns))
+    return result
+
+
 def record(
     path_integrals: Sequence[Tensor], gradients: Sequence[Product | Tensor], moves: Sequence[Product], clamp: bool
 ) -> None:
