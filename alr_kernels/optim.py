@@ -330,7 +330,9 @@ class AlrAdamW(Readings):
         """
         fingerprint = self._penalty.fingerprint if self._penalty else None
         state_dict = _state.after_pre_hooks(self, state_dict)
-        _validate.state_dict(state_dict, self.param_groups, fingerprint, self._penalty_form, self._storage.master)
+        effective = {bound.params(self.param_groups)[0]: bound.geometry.shape for bound in self._space or ()}
+        form = (self._penalty_form, self._storage.master, effective)
+        _validate.state_dict(state_dict, self.param_groups, fingerprint, *form)
         saved_groups = state_dict["param_groups"]
         groups = list(map(_state.loaded_group, self.param_groups, saved_groups))
         coeffs = saved_groups[0].get("coeffs")

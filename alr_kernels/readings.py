@@ -10,6 +10,7 @@ import torch
 from . import _validate, _validate_importance, penalty
 from . import state as _state
 from .importance.recorder import Recording
+from .lora.gradients import CUT
 from .lora.passing import value_of
 from .names import layer_of
 from .step.plan import STATISTICS
@@ -164,8 +165,10 @@ class Readings(Stepping):
             _, param, state = rows[i]
             return state["start"].to(torch.float32 if "remainder" in state else param.dtype)
 
-        method = "path_integral" if self._space is None else f"path_integral_{self._space.estimator}"
-        return Recording(names, omegas, end, start, steps, method, whole=not pairs)
+        if self._space is None:
+            return Recording(names, omegas, end, start, steps)
+        about = (f"path_integral_{self._space.estimator}", CUT if self._space.estimator == "tangent" else None)
+        return Recording(names, omegas, end, start, steps, *about, whole=not pairs)
 
     def _up(self, bound: Bound) -> Tensor:
         return bound.params(self.param_groups)[0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import refusals_importance
 import refusals_lora
+import refusals_lora_optim
 import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
@@ -319,7 +320,7 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | refusals_importance.REFUSED | refusals_lora.REFUSED  # fmt: skip
+} | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -36,6 +36,8 @@ class Importance(Mapping[str, "Tensor"]):
         xi: ξ of the denominator (in units of θ², or of the mean squared move when ``relative``); None if not used.
         relative: whether ξ was multiplied by each tensor's mean squared move.
         steps: optimizer steps that were integrated, or samples that were averaged.
+        cut: eigenvalues of the factors' Gram matrices below this part of the largest counted as zero (LoRA's tangent
+            estimate); None if not used.
         normalized: whether it is in units of its mean: scaled to mean 1, or a part or a merger of such.
         stats: name → :class:`TensorStats`; computed from the tensors when left out.
 
@@ -58,6 +60,7 @@ class Importance(Mapping[str, "Tensor"]):
         relative: bool = False,
         steps: int = 0,
         normalized: bool = False,
+        cut: float | None = None,
         stats: Mapping[str, TensorStats] | None = None,
     ) -> None:
         names = [unwrap(name) for name in tensors]
@@ -73,6 +76,7 @@ class Importance(Mapping[str, "Tensor"]):
         self.relative = relative
         self.steps = steps
         self.is_normalized = normalized
+        self.cut = cut
         given = {unwrap(name): row for name, row in (stats or {}).items()}
         self._stats = {name: given.get(name) or TensorStats.of(entry, name) for name, entry in self._entries.items()}
 
@@ -242,6 +246,7 @@ class Importance(Mapping[str, "Tensor"]):
         result.method = "+".join(dict.fromkeys([*self.method.split("+"), *other.method.split("+")]))
         if self.xi != other.xi or self.relative != other.relative:
             result.xi, result.relative = None, False
+        result.cut = self.cut if self.cut == other.cut else None
         return result._with(result._stats, self.steps + other.steps, self.is_normalized)
 
     def _combined(
@@ -268,9 +273,11 @@ class Importance(Mapping[str, "Tensor"]):
             )
         return self._like(dict(zip(names, entries, strict=True)), stats)
 
+    def _about(self) -> files.About:
+        return files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized, self.cut)
+
     def _like(self, entries: Mapping[str, Encoded], stats: Mapping[str, TensorStats]) -> Importance:
-        about = files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized)
-        return Importance(entries, stats=stats, **about._asdict())
+        return Importance(entries, stats=stats, **self._about()._asdict())
 
     def _with(self, stats: Mapping[str, TensorStats], steps: int, normalized: bool) -> Importance:
         self._stats, self.steps, self.is_normalized = dict(stats), steps, normalized
@@ -285,7 +292,7 @@ class Importance(Mapping[str, "Tensor"]):
             ValueError: the name does not end in ``.safetensors``.
             OSError: the folder does not exist or cannot be written.
         """
-        about = files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized)
+        about = self._about()
         layout = {name: (entry.format, tuple(entry.shape)) for name, entry in self._entries.items()}
         with files.ImportanceWriter.of_layout(path, layout, about) as writer:
             for name, entry in self._entries.items():

@@ -58,6 +58,7 @@ class About(NamedTuple):
     relative: bool = False
     steps: int = 0
     normalized: bool = False
+    cut: float | None = None  # of eigenvalues, where LoRA's factors were made orthonormal
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (format, shape of the parameter)
@@ -260,13 +261,14 @@ class Scratch:
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the head of the file and the places (begin, end) of its tensors."""
     newer = any(kept == "rank1" for kept, _ in layout.values())
+    kept = {key: value for key, value in about._asdict().items() if key != "method" and (key, value) != ("cut", None)}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION if newer else OLDEST_VERSION),
         "package_version": __version__,
         "method": about.method,
         "fingerprint": fingerprint({name: shape for name, (_, shape) in layout.items()}),
-        "about": json.dumps({key: value for key, value in about._asdict().items() if key != "method"}),
+        "about": json.dumps(kept),
         "layout": json.dumps([[name, kept, list(shape)] for name, (kept, shape) in layout.items()]),
     }
     entries: dict[str, Any] = {"__metadata__": metadata}

@@ -31,6 +31,7 @@ class Recording(NamedTuple):
     start: Callable[[int], Tensor]
     steps: int
     method: str = "path_integral"
+    cut: float | None = None
     whole: bool = True  # all are finalised in one call; False: what has to be put together first is so one at a time
 
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
@@ -74,7 +75,8 @@ class Recording(NamedTuple):
             _validate_importance.finite_recording(nonfinite, allow_nonfinite)
 
     def _about(self, xi: float, relative: bool) -> About:
-        return About(self.method, _validate.number("xi", xi, low=SMALLEST_XI), relative, self.steps)
+        xi = _validate.number("xi", xi, low=SMALLEST_XI)
+        return About(self.method, xi, relative, self.steps, cut=self.cut)
 
     def _formats(self, dtype: str | torch.dtype) -> list[str]:
         kept = parse("dtype", dtype)
