@@ -90,7 +90,7 @@ def lora_layers(model: nn.Module, found: int, others: Mapping[str, nn.Module], t
             "get_peft_model(model, LoraConfig(...)), or AlrAdamW without lora= for full tuning."
         )
     for path, module in others.items():
-        if any(param.requires_grad for param in module.parameters()):
+        if "TrainableTokensLayer" not in classes(module) and any(param.requires_grad for param in module.parameters()):
             raise ValueError(
                 f"lora_pairs: module {path!r} is a trainable {type(module).__module__}.{type(module).__name__}, which "
                 "is no LoRA; give the model LoRA adapters only, or freeze the others."
@@ -119,7 +119,7 @@ def layer(path: str, module: Any, adapter: str) -> None:
     if refusal is None and not names & KNOWN:
         why = f"is a {type(module).__name__}, of which it is not known how it applies its factors"
         refusal = (why, "pass (name, A, B, scaling) tuples if it adds s·B·A to its weight")
-    if refusal is None and (module.use_dora.get(adapter) or adapter in module.lora_magnitude_vector):
+    if refusal is None and adapter in module.lora_magnitude_vector:
         refusal = ("uses DoRA, whose weight is no sum of the base weight and s·B·A", "set use_dora=False")
     if refusal is None and adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__

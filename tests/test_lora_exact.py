@@ -89,8 +89,8 @@ def test_checkpointing_counts_every_token_once(reentrant):
     check(pairs)
 
 
-def test_checkpointing_keeps_no_inputs_alive():
-    """What is saved for G is dropped and recomputed, as all else within a checkpoint."""
+def test_inputs_are_kept_as_autograd_keeps_its_own():
+    """So that checkpointing drops and recomputes what G needs, and offloading moves it."""
     model = adapted(nn.Sequential(nn.Linear(4, 4)), ["0"])
     (pair,) = lora_pairs(model, estimator="exact")
     saved = []

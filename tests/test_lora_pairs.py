@@ -178,6 +178,12 @@ def test_several_adapters():
     assert not any("lora_" in name for name in lora_pairs(model, "second").names)
 
 
+def test_trainable_tokens_are_an_ordinary_tensor():
+    model = adapted(llama(), ["q_proj"], trainable_token_indices={"embed_tokens": [1, 2]})
+    (name,) = lora_pairs(model).names.values()
+    assert name == "model.embed_tokens.token_adapter.trainable_tokens_delta.default"
+
+
 def test_one_factor_may_be_frozen():
     model = adapted(llama(), ["q_proj"])
     for name, param in model.named_parameters():

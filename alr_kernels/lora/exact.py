@@ -52,7 +52,7 @@ class Gatherer:
         x, self._input = self._input, None
         if x is None or not output.requires_grad:  # evaluation, or the first pass of reentrant checkpointing
             return None
-        return _Tap.apply(output, x.detach(), self)
+        return _Tap.apply(output, x, self)
 
     @torch.no_grad()
     def add(self, grad: Tensor, x: Tensor) -> None:
@@ -60,10 +60,9 @@ class Gatherer:
         dtype = torch.promote_types(grad.dtype, torch.float32)
         grad, x = grad.flatten(0, -2).to(dtype), x.flatten(0, -2).to(dtype)
         left, right = (x, grad) if self._transposed else (grad, x)
-        with torch.autocast(grad.device.type, enabled=False):
-            if self._gradient is None:
-                self._gradient = grad.new_zeros(left.shape[1], right.shape[1])
-            self._gradient.addmm_(left.T, right, alpha=1 / self._scaling)
+        if self._gradient is None:
+            self._gradient = grad.new_zeros(left.shape[1], right.shape[1])
+        self._gradient.addmm_(left.T, right, alpha=1 / self._scaling)  # in place: autocast leaves it alone
 
     def take(self) -> Tensor | None:
         """Return G and forget it; None when no backward pass came by."""
