@@ -293,3 +293,10 @@ def exact_copied() -> NoReturn:
         "lora_pairs(estimator='exact') hangs on the hooks of its modules and cannot be copied; build the optimizer "
         "anew and load its state_dict."
     )
+
+
+def nothing_gathered(name: str) -> NoReturn:
+    raise RuntimeError(
+        f"lora_pairs(estimator='exact'): the factors of {name!r} have gradients, but no backward pass went by its "
+        "hooks; call lora_pairs before torch.compile, keep the pairs open, and take each step after its own backward."
+    )

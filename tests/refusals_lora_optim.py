@@ -23,6 +23,13 @@ def with_exact():
     return AlrAdamW(model.named_parameters(), lora=lora_pairs(model, estimator="exact"), record=True)
 
 
+def stepped_past_the_hooks():
+    exact = with_exact()
+    for param in exact.param_groups[0]["params"]:
+        param.grad = torch.zeros_like(param) if param.requires_grad else None
+    exact.step()
+
+
 def resumed_without():
     recording = optimizer(record=True)
     for _, param in (A, B):
@@ -56,6 +63,9 @@ REFUSED = {
     "a copy of hooks": (lambda c: copy.deepcopy(with_exact()), TypeError, "cannot be copied; build the optimizer anew"),
     "resuming without the pairs": (
         lambda c: resumed_without(), ValueError, "parameter 1 was saved as B of a LoRA pair.*same lora",
+    ),
+    "a gradient that no hook saw": (
+        lambda c: stepped_past_the_hooks(), RuntimeError, "self_attn.q_proj.weight' have gradients, but no",
     ),
     "pairs of nothing": (lambda c: optimizer(lora=3), TypeError, "lora_pairs: expected a model"),
 }  # fmt: skip

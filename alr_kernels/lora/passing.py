@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import _ops_lora
+from .. import _ops_lora, _validate_lora
 from .. import state as _state
 from .gradients import factored, tangent
 from .reference import Product, Pull, move
@@ -156,10 +156,9 @@ class Pass:
     def _exact(self, bound: Bound) -> Tensor:
         gatherer = self.space.gatherers[self.space.bounds.index(bound)]
         dense = gatherer.take() if gatherer is not None else None
-        up = bound.params(self.optimizer.param_groups)[0]
-        shape = bound.geometry.matrix_shape
         if dense is None:
-            return torch.zeros(shape, dtype=_state.compute_dtype(up), device=up.device)
+            _validate_lora.nothing_gathered(bound.name)
+        up = bound.params(self.optimizer.param_groups)[0]
         group = self.optimizer.param_groups[bound.group]
         scale = -self.numbers.inverse if group["maximize"] else self.numbers.inverse
         dense = dense * (scale.to(dense) if isinstance(scale, torch.Tensor) else scale)

@@ -16,6 +16,7 @@ from .. import _ops, _validate_lora
 from .. import state as _state
 from ..codecs.encoded import Encoded
 from ..codecs.storage import CODES, DTYPES, Storage, fitting
+from ..names import unwrap
 from .pairs import LoraPairs
 from .reference import Product, move
 
@@ -72,8 +73,9 @@ class Space:
             for position, left in ((bound.up, True), (bound.down, False)):
                 slot = slots[bound.group][position]
                 slot.bound, slot.left = bound, left is not bound.geometry.transposed
+        names = {unwrap(name): known for name, known in pairs.names.items()}
         for slot in (slot for members in slots for slot in members):
-            slot.name = pairs.names.get(slot.name, slot.name)
+            slot.name = names.get(slot.name, slot.name)
 
     def __iter__(self) -> Iterator[Bound]:
         return iter(self.bounds)
