@@ -2,7 +2,7 @@
 
 import torch
 
-from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
+from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops
 from alr_kernels.codecs import native as codecs
 from alr_kernels.codecs.encoded import Encoded
 
@@ -32,8 +32,27 @@ def main() -> None:
         sgd.step()
         recorder.finalise()
         encoded(dtype)
+    for kept in ("fp32", "bf16", "int8", "int4", "rank1"):
+        for mode in ("proximal", "coupled"):
+            lora(kept, mode)
     torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def lora(kept: str, mode: str) -> None:
+    """Record and pull pairs of two shapes in effective space, whole tiles and edges."""
+    shapes = [(130, 128, 3), (65, 256, 8), (130, 128, 3)]
+    pairs = []
+    for number, (m, n, r) in enumerate(shapes):
+        down, up = (torch.nn.Parameter(torch.randn(*size, device="cuda")) for size in ((r, n), (m, r)))
+        down.grad, up.grad = torch.randn_like(down), torch.randn_like(up)
+        pairs.append((f"layers.{number}.weight", down, up, 2.0))
+    named = [(f"{name}.{i}", factor) for name, *factors, _ in pairs for i, factor in enumerate(factors)]
+    importance = Importance({pair[0]: torch.rand(m, n) for pair, (m, n, _) in zip(pairs, shapes, strict=True)})
+    optimizer = AlrAdamW(named, importance.astype(kept), lora=pairs, mode=mode, record=True, stats=True)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.recorded_importance(dtype=kept)
 
 
 def encoded(dtype: torch.dtype) -> None:

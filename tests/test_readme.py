@@ -25,7 +25,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["artifact.md", "importance.md"])
+@pytest.mark.parametrize("page", ["artifact.md", "importance.md", "lora.md"])
 def test_python_blocks_of_a_page_run(tmp_path: Path, page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
@@ -41,6 +41,11 @@ def test_example_is_short() -> None:
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]
     own = [line for line in lines if not line.startswith(("import", "from", "model", "general,"))]
     assert len(own) <= 12
+
+
+def test_the_lora_example_is_short() -> None:
+    block = next(block for block in BLOCKS if "get_peft_model" in block)
+    assert len([line for line in block.splitlines() if line.strip() and not line.startswith("from")]) <= 12
 
 
 def test_named_result_files_exist() -> None:

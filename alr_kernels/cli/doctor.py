@@ -40,10 +40,13 @@ def examine() -> dict[str, Any]:
     """Gather everything that the command prints."""
     import torch
 
-    from .. import _environment, _ops
+    from .. import _environment, _ops, _ops_lora
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    backends = {device: _ops.doctor_table(device) for device in devices}
+    backends = {
+        device: _ops.doctor_table(device) | {"lora": _ops_lora.lora_backends(device, torch.float32)}
+        for device in devices
+    }
     checks = []
     for device in devices:
         for backend, reason in backends[device]["step"].items():
@@ -52,6 +55,9 @@ def examine() -> dict[str, Any]:
         for backend, reason in backends[device]["importance"].items():
             if backend != "reference" and not reason:
                 checks.append(check_importance(device))
+        for backend, reason in backends[device]["lora"].items():
+            if backend != "reference" and not reason:
+                checks.append(check_lora(cast(Backend, backend), device))
     if "cuda" not in devices and backends["cpu"]["step"]["triton"]:
         checks += _check_interpreted()
     return {
@@ -153,6 +159,47 @@ def check_importance(device: str) -> dict[str, Any]:
         "backend": "native",
         "device": device,
         "ok": errors[where] <= limits[where],
+        "largest_relative_error": errors[where],
+        "where": where,
+    }
+
+
+def check_lora(backend: Backend, device: str, shapes: tuple[tuple[int, int, int], ...] | None = None) -> dict[str, Any]:
+    """Record and pull in effective space, with every form of importance and by the reference; compare."""
+    import torch
+
+    from .. import _ops, _ops_lora
+    from ..codecs.encoded import Encoded
+    from ..lora.reference import Product
+
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device)
+
+    shapes = shapes or ((33, 70, 3), (64, 256, 8), (300, 512, 16))
+    errors = {"record": 0.0, "pull": 0.0}
+    for m, n, r in shapes:
+        low = [Product(normal(m, 2 * r), normal(2 * r, n)) for _ in range(2)]
+        omega, factors = normal(m, n), Product(normal(m, r), normal(r, n))
+        sums = [omega.clone(), omega.clone()]
+        for name, total in zip(("reference", backend), sums, strict=True):
+            _ops_lora.lora_record_([total], [low[0]], [low[1]], backend=name)
+        errors["record"] = max(errors["record"], _relative(*sums))
+        for kept in ("fp32", "bf16", "int8", "int4") if n % 128 == 0 else ("fp32", "bf16"):
+            (encoded,), *_ = _ops.merge([Encoded.dense(normal(m, n).abs())], [None], [kept], (1.0, 0.0))
+            lists = ([encoded], torch.tensor([0.5], dtype=torch.float64, device=device), [low[0]], [factors])
+            wanted, got = (
+                _ops_lora.lora_pull(*lists, "both", True, backend=name)[0] for name in ("reference", backend)
+            )
+            pairs = zip(wanted, got, strict=True)
+            errors["pull"] = max(errors["pull"], *(_relative(a, b) for a, b in pairs))
+    where = max(errors, key=lambda name: errors[name])
+    return {
+        "op": "lora",
+        "backend": backend,
+        "device": device,
+        "ok": errors[where] <= 1e-5,
         "largest_relative_error": errors[where],
         "where": where,
     }
