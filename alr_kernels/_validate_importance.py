@@ -51,14 +51,16 @@ def importance_values(name: str, importance: Tensor) -> float:
     return high
 
 
-def importance_fits(entries: Mapping[str, Sequence[int]], params: Mapping[str, Sequence[int]]) -> None:
-    """Refuse an importance whose names and shapes are not those of parameters, saying which differ."""
+def importance_fits(
+    entries: Mapping[str, Sequence[int]], params: Mapping[str, Sequence[int]], pairs: bool = False
+) -> None:
+    """Refuse an importance whose names and shapes are not those of parameters and LoRA pairs, saying which differ."""
     unmatched = [name for name in entries if name not in params]
     if unmatched:
         raise ValueError(
             f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; parameters are "
-            f"{listed(params, 3)}. If only some parameters are trained, pass "
-            "importance.select(name for name, _ in named_parameters)."
+            f"{listed(params, 3)}. If only some parameters are trained, pass importance.select("
+            f"{'pair.name for pair in pairs' if pairs else 'name for name, _ in named_parameters'})."
         )
     differing = [name for name, shape in entries.items() if tuple(shape) != tuple(params[name])]
     if differing:

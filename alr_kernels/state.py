@@ -141,7 +141,8 @@ def named_importance(
     if space is not None:
         _validate_lora.no_factors(entries, {slot.name: slot.bound.name for slot, _ in members if slot.bound})
         shapes |= {bound.name: bound.geometry.shape for bound in space}
-    _validate_importance.importance_fits({name: entries.encoded(name).shape for name in entries}, shapes)
+    given = {name: entries.encoded(name).shape for name in entries}
+    _validate_importance.importance_fits(given, shapes, space is not None)
     return entries
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from cases import F32, F64
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from alr_kernels import AlrAdamW, lora_pairs
+from alr_kernels import AlrAdamW, Importance, _ops_lora, lora_pairs
 from alr_kernels.lora import gradients, reference
 from alr_kernels.lora.reference import Product
 
@@ -262,6 +264,38 @@ def test_a_step_that_the_scaler_skips_records_nothing():
     omega, same = (o.state[p.b][OMEGA] for o, p in ((optimizer, problem), (other, wanted)))
     torch.testing.assert_close(omega, same, rtol=1e-5, atol=1e-9)
     assert optimizer.recorded_steps == 3
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["coupled", "proximal"])
+def test_a_step_makes_nothing_dense(mode):
+    """Neither U, nor Ĝ, nor a decoded Ω: what is made has the size of the factors."""
+    if _ops_lora.lora_backends("cpu", F32)["native"]:
+        pytest.skip(f"native: {_ops_lora.lora_backends('cpu', F32)['native']}")
+    m, n, r = 1024, 1280, 4
+    a, b = nn.Parameter(torch.randn(r, n)), nn.Parameter(torch.randn(m, r))
+    importance = Importance({"w.weight": torch.rand(m, n)}).astype("int8")
+    optimizer = AlrAdamW([("A", a), ("B", b)], importance, lora=[("w.weight", a, b, 2.0)], record=True, mode=mode)
+    a.grad, b.grad = torch.randn_like(a), torch.randn_like(b)
+    optimizer.step()  # ω is made here
+    with Largest() as largest:
+        optimizer.step()
+    assert 0 < largest.numel <= 4 * r * (m + n)
 
 
 def test_importance_is_finalised_from_the_move_of_u():
