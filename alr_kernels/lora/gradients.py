@@ -5,6 +5,8 @@ The third, ``exact``, is G itself, which exact.py gathers from inputs and output
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,13 @@ from .reference import Product
 CUT = 1e-8  # eigenvalues of a Gram matrix below this part of the largest one count as zero
 
 
-def orthonormal(factor: Tensor, cut: float = CUT) -> tuple[Tensor, Tensor]:
-    """Return Q = F·V·Λ^(−½) and V·Λ^(−½) of FᵀF = VΛVᵀ [..., r, r], float64; dropped directions are zero columns."""
-    wide = factor.double()
-    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+def orthonormal(factors: Sequence[Tensor], cut: float = CUT) -> list[tuple[Tensor, Tensor]]:
+    """Return Q = F·V·Λ^(−½) and V·Λ^(−½) of each FᵀF = VΛVᵀ [..., r, r], float64; dropped directions are zeros."""
+    wide = [factor.double() for factor in factors]
+    values, vectors = torch.linalg.eigh(torch.stack([factor.mT @ factor for factor in wide]))
     kept = values > cut * values.amax(-1, keepdim=True)
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    return wide @ (vectors * root.unsqueeze(-2)), vectors * root.unsqueeze(-2)
+    return [(factor @ to, to) for factor, to in zip(wide, vectors * root.unsqueeze(-2), strict=True)]
 
 
 def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, scaling: float) -> Product:
@@ -29,9 +31,8 @@ def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, 
     X = Q_Bᵀ·G, Y = G·Q_A, Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient is frozen: its part is not.
     """
     lefts, rights = [], []
-    rows, to_rows = orthonormal(factors.right.mT)  # Q_A [n, r]
+    (rows, to_rows), (columns, to_columns) = orthonormal([factors.right.mT, factors.left])  # Q_A [n, r], Q_B [m, r]
     if grad_down is not None:
-        columns, to_columns = orthonormal(factors.left)  # Q_B [m, r]
         x = to_columns.mT @ grad_down.double() / scaling
         lefts.append(columns)
         rights.append(x - (x @ rows) @ rows.mT if grad_up is not None else x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..codecs.native import kept_addresses
 from ..step.native import _C, available, mutated
-from .reference import Product, Pull, empty_pull
+from .reference import Product, Pull, empty_pulls
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,7 +63,7 @@ def pulls(
         if importance.shape != shape or not importance.values.is_contiguous():
             raise ValueError(f"importances: expected contiguous {list(shape)}, got {list(importance.shape)}")
     numels = [rows * columns for rows, columns in shapes]
-    found = [empty_pull(*pair, sides, curvature) for pair in factors]
+    found = empty_pulls(factors, sides, curvature)
     _C.lora_pull(
         kept_addresses("importances", importances, numels),
         scales.tolist(),

@@ -17,7 +17,7 @@ from .. import _ops_lora, _validate_lora
 from .. import state as _state
 from .gradients import factored, tangent
 from .reference import Product, Pull, move
-from .space import OMEGA, Bound, Space, as_matrix, factors_of
+from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,70 +44,104 @@ class Numbers(NamedTuple):
 
 
 class Stack:
-    """Pairs of one shape, rank, scaling and group, which have gradients on the same sides."""
+    """Pairs of one shape, rank, scaling and group, which have gradients on the same sides.
+
+    ``params`` and ``states`` are (of the Bs, of the As). What is read of them is stacked at once: an operation for each
+    pair would cost the host more than the arithmetic.
+    """
 
     def __init__(self, bounds: list[Bound], optimizer: Stepping, sides: tuple[bool, bool], penalised: bool) -> None:
         self.bounds = bounds
         self.group = optimizer.param_groups[bounds[0].group]
-        self.params = [bound.params(optimizer.param_groups) for bound in bounds]
-        self.states = [tuple(optimizer.state[param] for param in pair) for pair in self.params]
+        pairs = [bound.params(optimizer.param_groups) for bound in bounds]
+        self.params = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        self.states = tuple([optimizer.state[param] for param in side] for side in self.params)
         self.scaling = bounds[0].geometry.scaling
-        self.up, self.down = sides  # whether B and A have gradients
-        transposed = bounds[0].geometry.transposed
-        self.left, self.right = (self.down, self.up) if transposed else sides
+        self.transposed = bounds[0].geometry.transposed
+        self.sides = sides  # whether the Bs and the As have gradients
+        self.left, self.right = reversed(sides) if self.transposed else sides
         self.penalised = penalised
-        self.before: Product | None = None
+        self.before: Product | None = None  # the factors before the step, once something has asked for them
         self.gradient: list[Product | Tensor] = []
-        self.pulls: list[tuple[str, list[Pull]]] = []
+        self.pulls: list[list[Pull]] = []
         self.grads: tuple[Tensor | None, Tensor | None] = (None, None)
 
-    def stacked(self, pairs: Sequence[Sequence[Tensor]]) -> Product:
-        """Return (B-like, A-like) tensors of every pair as factors [P, m, r], [P, r, n]."""
-        products = [factors_of(bound, pair) for bound, pair in zip(self.bounds, pairs, strict=True)]
-        return Product(*(torch.stack(side) for side in zip(*products, strict=True)))
+    def matrices(self, up: Tensor | None, down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Return stacked tensors like B and A as left [P, m, r] and right [P, r, n]; a missing one stays None."""
+        up, down = (None if side is None else compute(side).flatten(2) for side in (up, down))
+        return (_swapped(down), _swapped(up)) if self.transposed else (up, down)
+
+    def as_kept(self, left: Tensor | None, right: Tensor | None) -> dict[Tensor, Tensor]:
+        """Return what left [P, m, r] and right [P, r, n] are for each B and A, shaped as these: views."""
+        sides = (_swapped(right), _swapped(left)) if self.transposed else (left, right)
+        found: dict[Tensor, Tensor] = {}
+        for params, side in zip(self.params, sides, strict=True):
+            if side is not None:
+                found |= zip(params, side.reshape(len(params), *params[0].shape).unbind(), strict=True)
+        return found
 
     def factors(self) -> Product:
         """Return the factors as they are now."""
-        rows = zip(self.params, self.states, strict=True)
-        return self.stacked([[_state.whole(*each) for each in zip(*row, strict=True)] for row in rows])
+        stacked = []
+        for params, states in zip(self.params, self.states, strict=True):
+            split = any("remainder" in state for state in states)
+            stacked.append(torch.stack([*map(_state.whole, params, states)] if split else params))
+        return Product(*self.matrices(*stacked))
+
+    def first(self) -> Product:
+        """Return the factors as they were before the step; first called before any of them moves."""
+        if self.before is None:
+            self.before = self.factors()
+        return self.before
 
     def task_gradients(self, numbers: Numbers) -> tuple[Tensor | None, Tensor | None]:
         """Return the task's gradients by left and right factor, unscaled and unclipped; None where there is none."""
-        zeros = [torch.zeros_like(param) for param in self.params[0]]
-        grads = [[z if p.grad is None else p.grad for p, z in zip(pair, zeros, strict=True)] for pair in self.params]
-        left, right = self.stacked(grads)
         scale = -numbers.inverse if self.group["maximize"] else numbers.inverse
-        left, right = (side * (scale.to(side) if isinstance(scale, torch.Tensor) else scale) for side in (left, right))
-        if isinstance(numbers.found_inf, torch.Tensor):
-            skip = numbers.found_inf.to(left.device) != 0
-            left, right = (torch.where(skip, 0.0, side) for side in (left, right))
-        return left if self.left else None, right if self.right else None
+        found: list[Tensor | None] = []
+        for params, present in zip(self.params, self.sides, strict=True):
+            if not present:
+                found.append(None)
+                continue
+            grads = compute(torch.stack([param.grad for param in params]))
+            grads = grads * (scale.to(grads) if isinstance(scale, torch.Tensor) else scale)
+            if isinstance(numbers.found_inf, torch.Tensor):
+                grads = torch.where(numbers.found_inf.to(grads.device) != 0, 0.0, grads)
+            found.append(grads)
+        return self.matrices(*found)
 
-    def pull(self, sides: str, curvature: bool, scales: Tensor, backend: str) -> list[Pull]:
-        """Return the penalty's pull at the present factors, at λ = 1."""
-        now = self.factors()
-        anchor = self.stacked([[state["anchor"] for state in pair] for pair in self.states])
-        drift = move(anchor, now, self.scaling)
+    def pull(self, sides: str, curvature: bool, scales: Tensor, backend: str) -> tuple[Product, list[Pull]]:
+        """Return the present factors and the penalty's pull there, at λ = 1."""
+        now = self.factors() if self.pulls else self.first()
+        anchors = (torch.stack([state["anchor"] for state in states]) for states in self.states)
+        drift = move(Product(*self.matrices(*anchors)), now, self.scaling)
+        if not self.pulls:
+            self.drift = drift
         scaled = unstacked(Product(now.left * self.scaling, now.right * self.scaling))
         importances = [bound.importance for bound in self.bounds]
         found = _ops_lora.lora_pull(importances, scales, unstacked(drift), scaled, sides, curvature, backend)
-        self.pulls.append((sides, found))
-        if len(self.pulls) == 1:
-            grams = (drift.left.double().mT @ drift.left.double()) * (drift.right.double() @ drift.right.double().mT)
-            self.drift_sq = grams.flatten(1).sum(1)  # Σ (L·R)² = Σ (LᵀL) ⊙ (RRᵀ)
-        return found
+        self.pulls.append(found)
+        return now, found
 
-    def denominators(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return D = √(v/bias correction) + eps of a pair after the step, float64, by left and right factor."""
-        found = []
-        for state, param in zip(self.states[index], self.params[index], strict=True):
-            if "exp_avg_sq" not in state:
-                found.append(torch.ones_like(param, dtype=torch.float64))
+    def drift_sq(self) -> Tensor:
+        """Return Σ (U − U*)² of each pair before the step, [P] float64: Σ (L·R)² = Σ (LᵀL) ⊙ (RRᵀ)."""
+        left, right = (side.double() for side in self.drift)
+        return ((left.mT @ left) * (right @ right.mT)).flatten(1).sum(1)
+
+    def denominators(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return D = √(v/bias correction) + eps after the step, float64, of left and right factors with a gradient."""
+        found: list[Tensor | None] = []
+        for states, present in zip(self.states, self.sides, strict=True):
+            if not present:
+                found.append(None)
                 continue
-            v = _state.wide_moments(state, param.device)[1].double()
-            bias = 1 - self.group["betas"][1] ** state["step"].double()
-            found.append((v / bias).sqrt() + self.group["eps"])
-        return self.bounds[index].geometry.factors(*found)
+            v = torch.stack([_state.wide_moments(state, state["exp_avg_sq"].device)[1] for state in states]).double()
+            steps = torch.stack([state["step"] for state in states]).to(v).view(-1, *[1] * (v.ndim - 1))
+            found.append((v / (1 - self.group["betas"][1] ** steps)).sqrt() + self.group["eps"])
+        return self.matrices(*found)
+
+
+def _swapped(matrices: Tensor | None) -> Tensor | None:
+    return None if matrices is None else matrices.mT.contiguous()
 
 
 def unstacked(product: Product) -> list[Product]:
@@ -122,15 +156,14 @@ class Pass:
         self.space, self.optimizer, self.numbers = space, optimizer, Numbers(*shared)
         self.backend = optimizer.backend
         groups: dict[Any, list[Bound]] = {}
+        strengths = [group["reg_lambda"] for group in optimizer.param_groups]
+        off = [not isinstance(strength, torch.Tensor) and float(strength) == 0 for strength in strengths]
         for bound in space:
             up, down = bound.params(optimizer.param_groups)
             sides = (up.grad is not None, down.grad is not None)
             if any(sides):
-                strength = optimizer.param_groups[bound.group]["reg_lambda"]
-                off = not isinstance(strength, torch.Tensor) and float(strength) == 0
-                penalised = bound.unit_scale > 0 and not off
-                shape = (up.shape, down.shape, bound.geometry.transposed, bound.geometry.scaling)
-                key = (bound.group, up.device, up.dtype, shape, sides, penalised)
+                penalised = bound.unit_scale > 0 and not off[bound.group]
+                key = (bound.group, up.device, up.dtype, bound.kind, sides, penalised)
                 groups.setdefault(key, []).append(bound)
         self.stacks = [Stack(bounds, optimizer, key[-2], key[-1]) for key, bounds in groups.items()]
         if optimizer.record or optimizer.gathers:
@@ -141,17 +174,17 @@ class Pass:
                 self._estimate(stack)
 
     def _estimate(self, stack: Stack) -> None:
-        stack.before = stack.factors()
+        before = stack.first()
         if self.space.estimator == "exact":
             stack.gradient = [self._exact(bound) for bound in stack.bounds]
             return
         left, right = stack.grads
         if self.space.estimator == "tangent":
-            stack.gradient = [*unstacked(tangent(stack.before, left, right, stack.scaling))]
+            stack.gradient = [*unstacked(tangent(before, left, right, stack.scaling))]
         else:
-            left = torch.zeros_like(stack.before.left) if left is None else left
-            right = torch.zeros_like(stack.before.right) if right is None else right
-            stack.gradient = [*unstacked(factored(stack.before, left, right, stack.scaling, stack.group["lr"]))]
+            left = torch.zeros_like(before.left) if left is None else left
+            right = torch.zeros_like(before.right) if right is None else right
+            stack.gradient = [*unstacked(factored(before, left, right, stack.scaling, stack.group["lr"]))]
 
     def _exact(self, bound: Bound) -> Tensor:
         gatherer = self.space.gatherers[self.space.bounds.index(bound)]
@@ -188,44 +221,34 @@ class Pass:
 
     def _coupled(self, stack: Stack, found: dict[Tensor, Operand]) -> None:
         sides = "both" if stack.left and stack.right else "up" if stack.left else "down"
-        pulls = stack.pull(sides, self.optimizer.gathers, self._scales(stack), self.backend)
+        _, pulls = stack.pull(sides, self.optimizer.gathers, self._scales(stack), self.backend)
         reg_lambda, clip = stack.group["reg_lambda"], self.numbers.clip
-        task = stack.task_gradients(self.numbers)
-        for index, result in enumerate(pulls):
-            total: list[Tensor | None] = []
-            for side, force in zip(task, (result.grad_up, result.grad_down), strict=True):
-                if side is None or force is None:
-                    total.append(None)
-                    continue
-                strength = reg_lambda.to(force) if isinstance(reg_lambda, torch.Tensor) else reg_lambda
-                factor = clip.to(force) if isinstance(clip, torch.Tensor) else clip
-                total.append(side[index] * factor + force * strength)
-            kept = stack.bounds[index].geometry.as_kept(*total)
-            for param, grad in zip(stack.params[index], kept, strict=True):
-                if grad is not None:
-                    found[param] = Operand(grad)
+        task = stack.task_gradients(self.numbers) if stack.grads == (None, None) else stack.grads
+        total: list[Tensor | None] = []
+        for grads, left in zip(task, (True, False), strict=True):
+            if grads is None:
+                total.append(None)
+                continue
+            force = column(pulls, "grad", left)
+            strength = reg_lambda.to(force) if isinstance(reg_lambda, torch.Tensor) else reg_lambda
+            factor = clip.to(force) if isinstance(clip, torch.Tensor) else clip
+            total.append(grads * factor + force * strength)
+        found |= {param: Operand(grad) for param, grad in stack.as_kept(*total).items()}
 
     def _proximal(self, stack: Stack, left: bool, found: dict[Tensor, Operand]) -> None:
-        pulls = stack.pull("up" if left else "down", True, self._scales(stack), self.backend)
-        now = stack.factors()[0 if left else 1]
-        force = torch.stack([p.grad_up if left else p.grad_down for p in pulls])
-        curvature = torch.stack([p.curvature_up if left else p.curvature_down for p in pulls])
+        factors, pulls = stack.pull("up" if left else "down", True, self._scales(stack), self.backend)
+        now, force, curvature = factors[0 if left else 1], column(pulls, "grad", left), column(pulls, "curvature", left)
         anchor = torch.where(curvature > 0, now - force / curvature, now)
-        for index, bound in enumerate(stack.bounds):
-            pair = [(side[index], None) if left else (None, side[index]) for side in (curvature, anchor)]
-            kept = [bound.geometry.as_kept(*each) for each in pair]
-            for param, k, towards in zip(stack.params[index], *kept, strict=True):
-                if k is not None:
-                    found[param] = Operand(param.grad, k, towards)
+        anchors, curvatures = (stack.as_kept(*((x, None) if left else (None, x))) for x in (anchor, curvature))
+        found |= {param: Operand(param.grad, k, anchors[param]) for param, k in curvatures.items()}
 
     def finish(self) -> list[Latest]:
         """Record what the step did, and return its statistics."""
         if self.optimizer.record:
             for stack in self.stacks:
-                assert stack.before is not None
-                moves = unstacked(move(stack.before, stack.factors(), stack.scaling))
-                kept = zip(stack.states, stack.bounds, strict=True)
-                omegas = [up[OMEGA].view(bound.geometry.matrix_shape) for (up, _), bound in kept]
+                moves = unstacked(move(stack.first(), stack.factors(), stack.scaling))
+                kept = zip(stack.states[0], stack.bounds, strict=True)
+                omegas = [state[OMEGA].view(bound.geometry.matrix_shape) for state, bound in kept]
                 _ops_lora.lora_record_(omegas, stack.gradient, moves, self.space.clamp, self.backend)
         if not self.optimizer.gathers:
             return []
@@ -248,28 +271,29 @@ def squares(tensor: Tensor) -> Tensor:
     return tensor.double().square().flatten(1).sum(1)
 
 
+def column(pulls: Sequence[Pull], what: str, left: bool) -> Tensor:
+    """Return the pulls' ``grad`` or ``curvature`` by left or right factor, [P, m, r] or [P, r, n]."""
+    return torch.stack([getattr(pull, f"{what}_{'up' if left else 'down'}") for pull in pulls])
+
+
 def statistics(stack: Stack) -> Tensor:
     """Return [P, len(STATISTICS)] float64 of the step that was taken; see ``penalty.statistics``."""
     strength = stack.group["reg_lambda"]
     reg_lambda = strength.double() if isinstance(strength, torch.Tensor) else strength
-    pulls = stack.pulls
-    penalty = torch.stack([pull.value for pull in pulls[0][1]]) * reg_lambda
+    penalty = torch.stack([pull.value for pull in stack.pulls[0]]) * reg_lambda
     zero = torch.zeros_like(penalty)
     grad_sq, pull_sq, dot, stiffness = zero, zero, zero, zero
-    for side, (gradient, left) in enumerate(zip(stack.grads, (True, False), strict=True)):
-        if gradient is None:
+    for gradient, denominators, left in zip(stack.grads, stack.denominators(), (True, False), strict=True):
+        if gradient is None or denominators is None:
             continue
+        field = "grad_up" if left else "grad_down"
+        pulls = next(pulls for pulls in stack.pulls if getattr(pulls[0], field) is not None)
+        force, curvature = (column(pulls, what, left).double() * reg_lambda for what in ("grad", "curvature"))
         grad_sq = grad_sq + squares(gradient)
-        found = [
-            [(p.grad_up, p.curvature_up) if left else (p.grad_down, p.curvature_down) for p in ps] for _, ps in pulls
-        ]
-        rows = next(rows for rows in found if rows[0][0] is not None)
-        force, curvature = (torch.stack(column).double() * reg_lambda for column in zip(*rows, strict=True))
         pull_sq = pull_sq + squares(force)
         dot = dot + (force * gradient).flatten(1).sum(1)
-        denominators = torch.stack([stack.denominators(index)[side] for index in range(len(stack.bounds))])
         stiffness = torch.maximum(stiffness, (curvature * stack.group["lr"] / denominators).flatten(1).amax(1))
-    return torch.stack([penalty, grad_sq, pull_sq, dot, stiffness, stack.drift_sq], 1)
+    return torch.stack([penalty, grad_sq, pull_sq, dot, stiffness, stack.drift_sq()], 1)
 
 
 def value_of(bound: Bound, optimizer: Any, scale: float | Tensor) -> Tensor:

@@ -45,10 +45,22 @@ class Pull(NamedTuple):
 
 def empty_pull(up: Tensor, down: Tensor, sides: str, curvature: bool) -> Pull:
     """Return zeros for what is asked for."""
+    return empty_pulls([Product(up, down)], sides, curvature)[0]
+
+
+def empty_pulls(factors: Sequence[Product], sides: str, curvature: bool) -> list[Pull]:
+    """Return zeros for what is asked for of each pair; of pairs of one shape they are slices of one tensor a field."""
+    if len({(up.shape, down.shape) for up, down in factors}) != 1:
+        return [empty_pull(*pair, sides, curvature) for pair in factors]
+    count, (up, down) = len(factors), factors[0]
     wanted = [sides in ("both", "up"), sides in ("both", "down")]
     wanted += [want and curvature for want in wanted]
-    zeros = [torch.zeros_like(like) if want else None for like, want in zip((up, down) * 2, wanted, strict=True)]
-    return Pull(torch.zeros((), dtype=torch.float64, device=up.device), *zeros)
+    values = torch.zeros(count, dtype=torch.float64, device=up.device)
+    zeros = [
+        like.new_zeros(count, *like.shape) if want else None for like, want in zip((up, down) * 2, wanted, strict=True)
+    ]
+    fields = [[None] * count if field is None else field.unbind() for field in (values, *zeros)]
+    return [Pull(*row) for row in zip(*fields, strict=True)]
 
 
 def _rows(m: int, n: int) -> list[slice]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,6 +45,12 @@ class Bound:
     def name(self) -> str:
         """The base weight's name."""
         return self.geometry.name
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What pairs that are computed together have in common: shapes, orientation and scaling."""
+        geometry = self.geometry
+        return geometry.up.shape, geometry.down.shape, geometry.transposed, geometry.scaling
 
     def params(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         """Return B and A as they are now."""
