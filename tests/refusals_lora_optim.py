@@ -55,7 +55,7 @@ REFUSED = {
         ValueError, r"importance of 'w.weight': expected shape \(4, 3\).*got \(3, 4\)",
     ),
     "importance of no pair": (
-        lambda c: optimizer(importance={"v.weight": torch.ones(4, 3)}), ValueError, "match no parameter: 'v.weight'.*select.pair.name for pair in pairs",
+        lambda c: optimizer(importance={"v.weight": torch.ones(4, 3)}), ValueError, r"select\(pair.name for pair",
     ),
     "recording in a graph": (
         lambda c: optimizer(record=True, capturable=True), ValueError, "record: the tangent estimator.*CUDA graph",
