@@ -30,7 +30,7 @@ struct Scratch {
   void* memory;
 };
 
-// Calls body(job, scratch) for jobs [0, count); scratch: [floats], aligned to 64 bytes, of the thread. It may not throw.
+// Calls body(job, scratch) for jobs [0, count); scratch: [floats] of the thread, aligned to 64 bytes. It may not throw.
 template <typename Body>
 void for_jobs(int64_t count, int threads, int64_t floats, const Body& body) {
   threads = int(std::min<int64_t>(threads, count));

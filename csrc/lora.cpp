@@ -33,7 +33,7 @@ Kernels kernels() {
   return ALR_LORA_KERNELS(cpu_default);
 }
 
-constexpr int64_t kRecordRows = 2 * kLoraRows;
+constexpr int64_t kRecordRows = 4 * kLoraRows;
 constexpr int64_t kMostChunks = 8;             // of the rows of a pair, each with sums over its rows
 constexpr int64_t kSumFloats = int64_t(4) << 20;  // of such sums at a time, unless one pair has more
 

@@ -1,6 +1,6 @@
-// LoRA in effective space on tiles of one pair: products of factors by micro-tiles, used where they arise. Compiled once
-// per instruction set, with contraction into fused multiply-adds. No standard library code here: the linker could pick
-// a copy of it that needs AVX for everyone.
+// LoRA in effective space on tiles of one pair: products of factors by micro-tiles, used where they arise. Compiled
+// once per instruction set, with contraction into fused multiply-adds. No standard library code here: the linker could
+// pick a copy of it that needs AVX for everyone.
 #include "lora.h"
 
 #include "block_cpu.h"
@@ -12,23 +12,7 @@ namespace {
 
 static_assert(kLoraRows % kRows == 0 && kBlock % kColumns == 0, "micro-tiles fill a tile");
 
-ALR_HOST_DEVICE int64_t at_most(int64_t size, int64_t most) { return size < most ? size : most; }
-
-// Copies rows x depth numbers, row by row, into panels of kRows rows, [panel][depth][kRows]; zeros beyond the last.
-void pack_rows(const float* from, int64_t depth, int64_t rows, float* to) {
-  for (int64_t begin = 0; begin < rows; begin += kRows, to += depth * kRows) {
-    for (int i = 0; i < kRows; ++i) {
-      const float* row = from + (begin + i) * depth;
-      if (begin + i < rows) {
-        for (int64_t k = 0; k < depth; ++k) to[k * kRows + i] = row[k];
-      } else {
-        for (int64_t k = 0; k < depth; ++k) to[k * kRows + i] = 0.0f;
-      }
-    }
-  }
-}
-
-// The same of columns [column, column + columns) of a right factor: [panel][depth][kColumns].
+// Columns [column, column + columns) of a right factor: [panel][depth][kColumns].
 void pack_columns(const LowRank& product, int64_t stride, int64_t column, int64_t columns, float* to) {
   pack<kColumns>(product.right + column, stride, product.depth, columns, to, [](auto x) { return x; });
 }
@@ -108,7 +92,8 @@ void record_tile(const RecordPair& p, const RecordTile& tile, float* scratch) {
 
 // ---- the pull
 
-// Two columns share a vector, so that ranks need be whole halves of vectors only: lane 2q has the first's part of sum q.
+// Two columns share a vector, so that ranks need be whole halves of vectors only: lane 2q has the first column's part
+// of sum q.
 constexpr int kPairs = kBlock / 2;
 constexpr int kRankLanes = kLanes / 2;
 // Rows of a micro-tile over the rank: the ranks in use are powers of two.
@@ -193,7 +178,7 @@ void pack_up(const float* up, int64_t rank, int64_t rows, float* to) {
   for (int64_t t = 0; kBound && t < rows; ++t) {
     float sum = 0.0f;
     for (int64_t q = 0; q < rank; ++q) sum += magnitude(up[t * rank + q]);
-    for (int64_t q = 0; q < padded(rank, kRankRows); ++q) to[(q / kRankRows * rows + t) * kRankRows + q % kRankRows] *= sum;
+    for (int64_t q = 0; q < rank; ++q) to[(q / kRankRows * rows + t) * kRankRows + q % kRankRows] *= sum;
   }
 }
 
@@ -209,7 +194,8 @@ struct ValueSum {
 };
 
 // Of one micro-tile, rows x columns of which exist: gap = drift, k = scale Omega, force = k gap, 0 where nothing is.
-// `k`: Omega in rows of kBlock; overwritten by k.
+// `k`: Omega in rows of kBlock; with kKeep overwritten by k.
+template <bool kKeep>
 void force_micro(const float* left, const float* right, int64_t depth, float scale, int64_t rows, int64_t columns,
                  float* k, float* force, ValueSum& value) {
   MicroTile<> gaps{};
@@ -222,7 +208,7 @@ void force_micro(const float* left, const float* right, int64_t depth, float sca
       for (int j = 0; j < kVectors; ++j) {
         const int at = i * int(kBlock) + j * kLanes;
         const V curve = load_float(k + at) * splat(scale), pull = curve * gaps.at[i][j];
-        store_float(k + at, curve);
+        if (kKeep) store_float(k + at, curve);
         store_float(force + at, pull);
         sum += pull * gaps.at[i][j];
       }
@@ -277,7 +263,9 @@ void add_to_up(const float* tile, const float* packed, int64_t rows, int64_t col
     const float* from = tile + row * kBlock;
     float* to = sums + row * lanes;
     int64_t lane = 0;
-    for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes) add_pairs<2>(from, packed + lane * kPairs, pairs, to + lane, lanes);
+    for (; lane + 2 * kLanes <= lanes; lane += 2 * kLanes) {
+      add_pairs<2>(from, packed + lane * kPairs, pairs, to + lane, lanes);
+    }
     if (lane < lanes) add_pairs<1>(from, packed + lane * kPairs, pairs, to + lane, lanes);
   }
 }
@@ -311,19 +299,21 @@ struct BlockPlace {
   int64_t local;   // among those whose factors are packed
 };
 
-void pull_block(const PullPair& p, const BlockPlace& place, const PullBuffers& b, const DownSums& down, ValueSum& value) {
+void pull_block(const PullPair& p, const BlockPlace& place, const PullBuffers& b, const DownSums& down,
+                ValueSum& value) {
   const int64_t depth = p.drift.depth, rank = p.factors.depth, lanes = pair_lanes(rank), rows = place.rows;
   const int64_t columns = at_most(p.columns - place.column, kBlock);
   for (int64_t i = 0; i < rows; ++i) {
     load_block(p.importance, (place.row + i) * p.columns + place.column, int(columns), b.k + i * kBlock);
   }
+  const bool keep = p.curvature_up || p.curvature_down;
   const int64_t all = padded(rows, kRows);
   for (int64_t i = rows * kBlock; i < all * kBlock; ++i) b.k[i] = 0.0f;
   for (int64_t i = 0; i < rows; i += kRows) {
     for (int64_t j = 0; j < columns; j += kColumns) {
-      force_micro(b.drift_left + i * depth, b.drift_right + (place.local + j) * depth, depth, p.scale,
-                  at_most(rows - i, kRows), at_most(columns - j, kColumns), b.k + i * kBlock + j,
-                  b.force + i * kBlock + j, value);
+      (keep ? force_micro<true> : force_micro<false>)(
+          b.drift_left + i * depth, b.drift_right + (place.local + j) * depth, depth, p.scale, at_most(rows - i, kRows),
+          at_most(columns - j, kColumns), b.k + i * kBlock + j, b.force + i * kBlock + j, value);
     }
   }
   const int64_t packed = place.local / 2 * lanes, sums = place.column * lora_padded_rank(rank);

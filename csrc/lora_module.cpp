@@ -90,10 +90,14 @@ void lora_pull(const KeptArguments& importances, const std::vector<double>& scal
                               std::get<2>(importances), numels, false);
   check_size(op, "scales", n, scales.size());
   const LowRanks drift(op, "drifts", drifts, n), factor(op, "factors", factors, n);
-  const auto wanted = [&](const char* name, const py::list& list) { return Pointers(op, name, list, list.size() ? n : 0); };
-  const Pointers value(op, "values", std::get<0>(results), n), grad_up = wanted("grad_ups", std::get<1>(results)),
-      grad_down = wanted("grad_downs", std::get<2>(results)), curvature_up = wanted("curvature_ups", std::get<3>(results)),
-      curvature_down = wanted("curvature_downs", std::get<4>(results));
+  const auto wanted = [&](const char* name, const py::list& list) {
+    return Pointers(op, name, list, list.size() ? n : 0);
+  };
+  const Pointers value(op, "values", std::get<0>(results), n);
+  const Pointers grad_up = wanted("grad_ups", std::get<1>(results));
+  const Pointers grad_down = wanted("grad_downs", std::get<2>(results));
+  const Pointers curvature_up = wanted("curvature_ups", std::get<3>(results));
+  const Pointers curvature_down = wanted("curvature_downs", std::get<4>(results));
   check_threads(op, num_threads);
   std::vector<PullPair> pairs;
   for (size_t i = 0; i < n; ++i) {

@@ -44,6 +44,22 @@ void pack(const T* from, int64_t stride, int64_t depth, int64_t size, float* to,
   }
 }
 
+ALR_HOST_DEVICE int64_t at_most(int64_t size, int64_t most) { return size < most ? size : most; }
+
+// Copies rows x depth numbers, row by row, into panels of kRows rows, [panel][depth][kRows]; zeros beyond the last.
+inline void pack_rows(const float* from, int64_t depth, int64_t rows, float* to) {
+  for (int64_t begin = 0; begin < rows; begin += kRows, to += depth * kRows) {
+    for (int i = 0; i < kRows; ++i) {
+      const float* row = from + (begin + i) * depth;
+      if (begin + i < rows) {
+        for (int64_t k = 0; k < depth; ++k) to[k * kRows + i] = row[k];
+      } else {
+        for (int64_t k = 0; k < depth; ++k) to[k * kRows + i] = 0.0f;
+      }
+    }
+  }
+}
+
 template <int kCount = kRows>
 struct MicroTile {
   V at[kCount][kVectors];
