@@ -369,3 +369,17 @@ def test_a_convolution_is_the_matrix_of_its_flattened_kernels():
         )
     for got, wanted in zip(*results, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_importance_in_any_layout():
+    results = []
+    dense = torch.rand(128, 24, generator=torch.Generator().manual_seed(6))
+    for importance in (dense.T, dense.T.contiguous()):
+        _, (up, down, pairs) = transposed_twins()
+        optimizer = AlrAdamW([("B", up), ("A", down)], {"w.weight": importance}, lora=pairs, reg_lambda=0.5)
+        for _ in range(2):
+            up.grad, down.grad = torch.cos(up.detach()), torch.sin(down.detach())
+            optimizer.step()
+        results.append((up.detach(), down.detach()))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
