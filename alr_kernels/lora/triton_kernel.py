@@ -111,7 +111,8 @@ def record(
         groups[Kind(omega.device, m, n, first, moved.left.shape[1], "", aligned)].append(i)
     for kind, members in groups.items():
         if kind.m and kind.n:
-            _record(kind, *([column[i] for i in members] for column in (path_integrals, gradients, moves)), clamp)
+            omegas, grads = [path_integrals[i] for i in members], [gradients[i] for i in members]
+            _record(kind, omegas, grads, [moves[i] for i in members], clamp)
     torch.autograd.graph.increment_version(list(path_integrals))
 
 
@@ -136,7 +137,7 @@ def record_build(kind: Kind, clamp: bool) -> tuple[Build, int]:
     """Return what ``record_kernel`` is compiled for, and the columns of a tile: as many as registers hold."""
     first, second = (_block(size, 32) if size else 0 for size in (kind.first, kind.second))
     loops = kind.first > first, kind.second > second
-    columns = 64 if kind.aligned and first and not any(loops) else 32
+    columns = 64 if kind.aligned and first == second == 16 and not any(loops) else 32
     return Build(first, second, kind.aligned, precision(kind.device), *loops, clamp), columns
 
 
@@ -162,19 +163,17 @@ def pulls(
         most = max(1, SCRATCH // _scratch(kind, sides, curvature))
         for start in range(0, len(members), most):
             chosen = members[start : start + most]
-            columns = [[column[i] for i in chosen] for column in (importances, each, drifts, factors)]
-            for i, result in zip(chosen, _pull(kind, *columns, sides, curvature), strict=True):
+            rows = [(importances[i], each[i], drifts[i], factors[i]) for i in chosen]
+            for i, result in zip(chosen, _pull(kind, rows, sides, curvature), strict=True):
                 results[i] = result
     return results
 
 
-def _pull(
-    kind: Kind, importances: list[Encoded], scales: list[Tensor], drifts: list[Product], factors: list[Product],
-    sides: str, curvature: bool,
-) -> list[Pull]:  # fmt: skip
+def _pull(kind: Kind, rows: list[tuple[Encoded, Tensor, Product, Product]], sides: str, curvature: bool) -> list[Pull]:
+    importances, scales, drifts, factors = map(list, zip(*rows, strict=True))
     build, columns = pull_build(kind, sides, curvature)
     strips, chunks, taken = _chunks(kind)
-    pairs, rank, device = len(importances), kind.second, kind.device
+    pairs, rank, device = len(rows), kind.second, kind.device
     drift, drift_blocks = _stacked(drifts, build.first)
     (up, down), rank_blocks = _stacked(factors, build.second)
     bounds: tuple[Tensor | None, Tensor | None] = (None, None)

@@ -7,7 +7,7 @@ so that what it adds up for `up` stays in registers and what it hands on for `do
 
 Per element at r = 8: ω is 8 bytes and 64 flops (192 of TF32), int8 Ω 1 byte, 0.5 of parts of `down` and 96 flops. At
 3 TB/s an H100 passes 1.7 elements of ω a cycle and multiprocessor; record's loop takes 17 instructions an element and
-the pull's 44, of the 76 that may be issued in that time (Triton 3.6, sm_90, counted in SASS; no GPU has run it yet).
+the pull's 44, of the 76 that can be issued in that time (Triton 3.6, sm_90, counted in SASS; not yet run on a GPU).
 """
 
 # mypy: allow-untyped-defs
@@ -115,8 +115,9 @@ def load_curvature(row_ptr, s, first_row, scale, BUILD: tl.constexpr, ROWS: tl.c
             start = (tl.cast(first_row, tl.int64) * s.n + s.first) // 2
             offsets = rows * (s.n // 2) + tl.arange(0, s.columns.shape[1] // 2)[None, :]
             codes = f.interleave(tl.load(pointers_at(ptr, start, offsets, BUILD.aligned), mask=there, other=0))
-        scale_ptr = address(row_ptr, 1, tl.bfloat16) + tl.cast(first_row, tl.int64) * (s.n // 128) + s.first // 128
-        scales = f.to_float32(tl.load(scale_ptr + rows * (s.n // 128), mask=there, other=0.0))
+        blocks = s.n // 128
+        scale_ptr = address(row_ptr, 1, tl.bfloat16) + (tl.cast(first_row, tl.int64) * blocks + s.first // 128)
+        scales = f.to_float32(tl.load(scale_ptr + rows * blocks, mask=there, other=0.0))
         return f.fourth_power(codes, f.curvature(scales, scale), 255 if BUILD.bits == 8 else 15)
 
 
@@ -258,7 +259,8 @@ def pull_kernel(
                 curvature_down = tl.dot(tl.trans(bound_up), k, input_precision=BUILD.precision)
                 store_down(curvature_down_ptr, s, q[:, None], rank, curvature_down, BUILD.aligned)
     if block == 0:
-        tl.store(value_ptr + (s.pair * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk, tl.sum(value, 0))
+        number = (s.pair * tl.num_programs(1) + tl.program_id(1)) * chunks + chunk
+        tl.store(value_ptr + number, tl.sum(value, 0))
     if BUILD.up:
         store_up(grad_up_ptr, s, first_row, chunk, chunks, q[None, :], rank, grad_up, ROWS)
         if BUILD.curvature:
