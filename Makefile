@@ -63,7 +63,7 @@ gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchma
 	ALR_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace
 	status=0; \
 	$(PYTHON) -m alr_kernels doctor --json > $(RESULTS)/doctor.json || status=1; \
-	$(PYTHON) -m pytest tests/test_gpu.py -m gpu --junitxml=$(RESULTS)/tests.xml || status=1; \
+	$(PYTHON) -m pytest tests/test_gpu.py tests/test_lora_gpu.py -m gpu --junitxml=$(RESULTS)/tests.xml || status=1; \
 	for tool in memcheck racecheck; do \
 	  if command -v compute-sanitizer > /dev/null; then \
 	    timeout 100 compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitizer_case \
