@@ -41,12 +41,13 @@ def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, 
         x = (of_columns.mT / scaling) @ grad_down.double()
         if grad_up is not None:
             x -= (x @ rows) @ rows.mT
-        lefts.append((left.double() @ of_columns).to(dtype))  # Q_B [m, r]
         rights.append(x.to(dtype))
-        del x  # of thin factors too, the wide ones are not kept longer than needed
+        del x  # float64 of thin factors counts beside ω: none is kept longer than needed
+        lefts.append((left.double() @ of_columns).to(dtype))  # Q_B [m, r]
     if grad_up is not None:
         lefts.append((grad_up.double() @ (of_rows / scaling)).to(dtype))
         rights.append(rows.mT.to(dtype))
+    del rows
     return Product(torch.cat(lefts, -1), torch.cat(rights, -2))
 
 
