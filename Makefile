@@ -70,7 +70,7 @@ gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchma
 	      > $(RESULTS)/$$tool.txt 2>&1 || { status=1; tail -n 20 $(RESULTS)/$$tool.txt; }; \
 	  else echo "compute-sanitizer is not installed: $$tool skipped"; fi; \
 	done; \
-	for part in step=190 importance=90; do \
+	for part in step=150 importance=75 lora=75; do \
 	  timeout --signal=INT $${part#*=} $(PYTHON) -m pytest bench/bench_$${part%=*}.py -m gpu --benchmark-enable \
 	    --benchmark-only --benchmark-json=$(RESULTS)/bench-$${part%=*}.json -s || status=1; \
 	done; \

@@ -26,7 +26,8 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(storage(results["storage"]))
 
 
-def _table(title: str, first: str, *headings: str) -> Table:
+def plain_table(title: str, first: str, *headings: str) -> Table:
+    """Return an empty table with a left column and others for numbers."""
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column(first)
     for heading in headings:
@@ -40,7 +41,7 @@ def passes(entry: dict[str, Any]) -> Table:
         f"{entry['set']}: {entry['elements'] / 1e6:,.1f} M elements in {entry['tensors']} tensors on "
         f"{entry['device']}; a copy moves {entry['copy_bytes_per_s'] / 1e9:,.1f} GB/s"
     )
-    shown = _table(title, "one pass", "ms\np20 - p80", "bytes\nmoved", "GB/s", "% of\ncopy", "compared")
+    shown = plain_table(title, "one pass", "ms\np20 - p80", "bytes\nmoved", "GB/s", "% of\ncopy", "compared")
     for row in entry["rows"]:
         median, p20, p80 = (short(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s"))
         compared = ""
@@ -63,7 +64,7 @@ def passes(entry: dict[str, Any]) -> Table:
 
 def claim(rows: list[dict[str, Any]]) -> Table:
     """Return what each importance costs for the paper's number of samples."""
-    shown = _table(
+    shown = plain_table(
         f"Importance from {rows[0]['samples']:,} samples of {rows[0]['length']} tokens, seconds beyond training",
         "model",
         "training",
@@ -90,7 +91,7 @@ def claim(rows: list[dict[str, Any]]) -> Table:
 
 def fisher(rows: list[dict[str, Any]]) -> Table:
     """Return the Fisher passes, batched and by sample."""
-    shown = _table(
+    shown = plain_table(
         "Fisher passes: fisher_importance beside one sample at a time",
         "model",
         "samples × tokens\na batch",
@@ -123,7 +124,7 @@ def _two_digits(value: float) -> str:
 
 def storage(rows: list[dict[str, Any]]) -> Table:
     """Return the bytes of the importance of q_proj and v_proj in each form, beside a Fisher's of all weights."""
-    shown = _table(
+    shown = plain_table(
         "Bytes of importance: q_proj and v_proj, beside an fp32 Fisher of all weights"
         + (f";\nfp32 anchors: LoRA factors of rank {rows[0]['rank']}, beside all weights" if "rank" in rows[0] else ""),
         "model",

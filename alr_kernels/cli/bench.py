@@ -52,6 +52,14 @@ def bench(
             "--scale and --compile do not apply to the Fisher.",
         ),
     ] = False,
+    lora: Annotated[
+        bool,
+        typer.Option(
+            "--lora",
+            help="Instead of steps, LoRA in effective space: recording and the penalty's pull of one weight, a model's "
+            "step, and the host's part; with --full rank 64 as well. --set and --compile do not apply.",
+        ),
+    ] = False,
     compile: Annotated[Compile, typer.Option(help="torch.compile: never, up to 64 tensors, or always.")] = Compile.few,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     plot: Annotated[
@@ -59,7 +67,7 @@ def bench(
         typer.Option(metavar="RESULTS PICTURE", help="Draw a results file instead of measuring."),
     ] = None,
 ) -> None:
-    """Time one optimizer step (or importance) on this machine, beside torch's and what users would write without it.
+    """Time one optimizer step (or importance, or LoRA) on this machine, beside torch's and what users would write.
 
     Times are medians of rounds in which a plain copy, torch's fused AdamW and the compiled rival take their turns too;
     ratios are medians over rounds. "state B" counts live tensors beside weights and gradients.
@@ -67,17 +75,14 @@ def bench(
     if plot is not None:
         _draw(*plot)
         return
-    import torch
-
     from ..benchmark.suite import failures
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if chosen not in ("cpu", "cuda") or (chosen == "cuda" and not torch.cuda.is_available()):
-        typer.echo(f"alr-kernels bench: device {chosen!r} is not here; use cpu or cuda", err=True)
-        raise typer.Exit(2)
+    chosen = _device(device)
     count = rounds or (15 if full else 7)
     names = [entry.value for entry in sets or ()]
-    if importance:
+    if lora:
+        results = _measure_lora(chosen, scale, full, count)
+    elif importance:
         results = _measure_importance(names or ["square"], chosen, scale, full, count)
     else:
         results = _measure(names or _default(full, chosen), chosen, scale, full, compile.value, count)
@@ -88,6 +93,16 @@ def bench(
     if failed:
         typer.echo("alr-kernels bench: failed: " + "; ".join(failed) + ". Run `alr-kernels doctor`.", err=True)
         raise typer.Exit(1)
+
+
+def _device(requested: str | None) -> str:
+    import torch
+
+    chosen = requested or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen not in ("cpu", "cuda") or (chosen == "cuda" and not torch.cuda.is_available()):
+        typer.echo(f"alr-kernels bench: device {chosen!r} is not here; use cpu or cuda", err=True)
+        raise typer.Exit(2)
+    return chosen
 
 
 def _default(full: bool, device: str) -> list[str]:
@@ -160,6 +175,23 @@ def _measure_importance(names: list[str], device: str, scale: float, full: bool,
             results["storage"] = claim.storage(written=written, tick=lambda name: status.update(f"bytes of {name}"))
     importance_table.show(results, console)
     return results
+
+
+def _measure_lora(device: str, scale: float, full: bool, rounds: int) -> dict[str, Any]:
+
+    from ..benchmark import lora, lora_table
+    from ..benchmark.shapes import scaled
+    from ..benchmark.stamp import stamp
+
+    console = _console()
+    (shape,) = scaled([lora.SHAPE], scale)
+    with console.status("") as status:
+        entry = lora.run(
+            shape, device, ranks=lora.MORE_RANKS if full else lora.RANKS, rounds=rounds,
+            budget_s=10.0 if full else 3.0, tick=lambda row: status.update(row),
+        )  # fmt: skip
+    lora_table.show(entry, console)
+    return {"alr_kernels": stamp(), "lora": entry}
 
 
 def _draw(results: Path, picture: Path) -> None:

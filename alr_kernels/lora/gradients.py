@@ -5,8 +5,6 @@ The third, ``exact``, is G itself, which exact.py gathers from inputs and output
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,13 +13,17 @@ from .reference import Product
 CUT = 1e-8  # eigenvalues of a Gram matrix below this part of the largest one count as zero
 
 
-def orthonormal(factors: Sequence[Tensor], cut: float = CUT) -> list[tuple[Tensor, Tensor]]:
-    """Return Q = F·V·Λ^(−½) and V·Λ^(−½) of each FᵀF = VΛVᵀ [..., r, r], float64; dropped directions are zeros."""
-    wide = [factor.double() for factor in factors]
-    values, vectors = torch.linalg.eigh(torch.stack([factor.mT @ factor for factor in wide]))
+def inverse_roots(grams: Tensor, cut: float = CUT) -> Tensor:
+    """Return V·Λ^(−½) of FᵀF = VΛVᵀ [..., r, r], with which F is orthonormal; dropped directions: zeros."""
+    values, vectors = torch.linalg.eigh(grams)
     kept = values > cut * values.amax(-1, keepdim=True)
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    return [(factor @ to, to) for factor, to in zip(wide, vectors * root.unsqueeze(-2), strict=True)]
+    return vectors * root.unsqueeze(-2)
+
+
+def _gram(factor: Tensor) -> Tensor:
+    wide = factor.double()
+    return wide.mT @ wide
 
 
 def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, scaling: float) -> Product:
@@ -30,17 +32,23 @@ def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, 
     From dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G, with orthonormal bases Q of B's columns and A's rows:
     X = Q_Bᵀ·G, Y = G·Q_A, Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient is frozen: its part is not.
     """
+    left, right = factors
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    of_rows, of_columns = inverse_roots(torch.stack([_gram(right.mT), _gram(left)]))
+    rows = right.mT.double() @ of_rows  # Q_A [n, r]
     lefts, rights = [], []
-    (rows, to_rows), (columns, to_columns) = orthonormal([factors.right.mT, factors.left])  # Q_A [n, r], Q_B [m, r]
     if grad_down is not None:
-        x = to_columns.mT @ grad_down.double() / scaling
-        lefts.append(columns)
-        rights.append(x - (x @ rows) @ rows.mT if grad_up is not None else x)
+        x = (of_columns.mT / scaling) @ grad_down.double()
+        if grad_up is not None:
+            x -= (x @ rows) @ rows.mT
+        rights.append(x.to(dtype))
+        del x  # float64 of thin factors counts beside ω: none is kept longer than needed
+        lefts.append((left.double() @ of_columns).to(dtype))  # Q_B [m, r]
     if grad_up is not None:
-        lefts.append(grad_up.double() @ to_rows / scaling)
-        rights.append(rows.mT)
-    dtype = torch.promote_types(factors.left.dtype, torch.float32)
-    return Product(torch.cat(lefts, -1).to(dtype), torch.cat(rights, -2).to(dtype))
+        lefts.append((grad_up.double() @ (of_rows / scaling)).to(dtype))
+        rights.append(rows.mT.to(dtype))
+    del rows
+    return Product(torch.cat(lefts, -1), torch.cat(rights, -2))
 
 
 def factored(factors: Product, grad_up: Tensor, grad_down: Tensor, scaling: float, lr: float | Tensor) -> Product:

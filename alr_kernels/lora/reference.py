@@ -29,7 +29,7 @@ class Product(NamedTuple):
 
 def move(before: Product, after: Product, scaling: float) -> Product:
     """Return s·(B₁A₁ − B₀A₀) = s·(B₁ − B₀)·A₁ + s·B₀·(A₁ − A₀), in which nothing large cancels."""
-    left = torch.cat([after.left - before.left, before.left], -1) * scaling
+    left = torch.cat([after.left - before.left, before.left], -1).mul_(scaling)
     return Product(left, torch.cat([after.right, after.right - before.right], -2))
 
 
