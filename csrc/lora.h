@@ -76,7 +76,8 @@ ALR_DECLARE_LORA(cpu_avx512)
 constexpr int64_t kLoraRows = 24;
 
 // Columns whose packed factors are kept at a time, whole blocks; `depth`: numbers of all factors a column. With half
-// the least, left factors are packed twice as often: a pull took 12 % longer at rank 256, a recording 3 % (EPYC, 2026-11).
+// the least, left factors are packed twice as often: a pull took 12 % longer at rank 256, a recording 3 %
+// (EPYC, 2026-11).
 inline int64_t lora_columns(int64_t depth) {
   constexpr int64_t kFloats = 32768, kLeast = 2 * kBlock, kMost = 8 * kBlock;
   const int64_t columns = kFloats / (depth > 0 ? depth : 1) / kBlock * kBlock;

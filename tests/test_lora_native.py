@@ -138,6 +138,19 @@ def test_what_is_not_finite_pulls(capability, bad):
                 assert_alike(actual, wanted)
 
 
+def test_columns_beyond_the_last_do_not_turn_infinity_into_nan(capability):
+    """An infinite factor times what a tile has there, zeros, would."""
+    left, right = torch.ones(9, 2), torch.ones(2, 33)
+    left[4, 0] = float("inf")
+    importance, scales = Encoded.dense(torch.ones(9, 33)), torch.ones(1, dtype=F64)
+    factors = Product(torch.ones(9, 2), torch.ones(2, 33))
+    (found,) = native.pulls([importance], scales, [Product(left, right)], [factors], "both", True)
+    assert found.value.isposinf()
+    assert torch.equal(found.grad_up, torch.where(torch.arange(9)[:, None] == 4, float("inf"), 66.0).expand(9, 2))
+    assert bool(found.grad_down.isposinf().all())
+    assert bool(found.curvature_up.isfinite().all())
+
+
 def assert_alike(actual, expected):
     """NaN and infinities alike, the rest up to rounding."""
     assert torch.equal(actual.isnan(), expected.isnan())
