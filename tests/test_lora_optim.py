@@ -383,3 +383,19 @@ def test_importance_in_any_layout():
         results.append((up.detach(), down.detach()))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_maximising_the_negative_is_the_same(mode):
+    problem, other = Problem(F32), Problem(F32)
+    optimizers = (problem.optimizer(mode=mode, record=True), other.optimizer(mode=mode, record=True, maximize=True))
+    for count in (1, 2, 3):
+        problem.set_grads(count)
+        for (_, param), (_, twin) in zip(problem.named(), other.named(), strict=True):
+            twin.grad = -param.grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for (_, param), (_, twin) in zip(problem.named(), other.named(), strict=True):
+        assert torch.equal(param, twin)
+    first, second = (optimizer.recorded_importance() for optimizer in optimizers)
+    assert first.content_fingerprint == second.content_fingerprint
