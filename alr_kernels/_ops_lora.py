@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import _ops
-from .lora import native, reference, triton_kernel
+from .lora import native, penalty, reference, triton_kernel
 from .lora.reference import Product
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .codecs.encoded import Encoded
-    from .lora.reference import Pull
+    from .lora.penalty import Pull
 
 
 def lora_backends(device_type: str, dtype: torch.dtype) -> dict[str, str]:
@@ -46,7 +46,8 @@ def choose_lora_backend(requested: str, device: torch.device, dtype: torch.dtype
     return requested
 
 
-_LORA = {"reference": reference, "native": native, "triton": triton_kernel}
+_RECORD = {"reference": reference.record, "native": native.record, "triton": triton_kernel.record}
+_PULLS = {"reference": penalty.pulls, "native": native.pulls, "triton": triton_kernel.pulls}
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def lora_record_(
     if path_integrals:
         chosen = choose_lora_backend(backend, path_integrals[0].device, path_integrals[0].dtype)
         dense = [g.contiguous() if isinstance(g, torch.Tensor) else _contiguous(g) for g in gradients]
-        _LORA[chosen].record(path_integrals, dense, list(map(_contiguous, moves)), clamp)
+        _RECORD[chosen](path_integrals, dense, list(map(_contiguous, moves)), clamp)
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ def lora_pull(
         return []
     chosen = choose_lora_backend(backend, factors[0].left.device, factors[0].left.dtype)
     drifts, factors = list(map(_contiguous, drifts)), list(map(_contiguous, factors))
-    pulls = _LORA[chosen].pulls
+    pulls = _PULLS[chosen]
     others = [i for i, x in enumerate(importances) if x.format != "rank1"]
     if len(others) == len(importances):
         return pulls(importances, scales, drifts, factors, sides, curvature)
@@ -120,7 +121,7 @@ def lora_pull(
         found = pulls(kept, torch.stack([scales[i] for i in others]), drifted, pairs, sides, curvature)
     rest = dict(zip(others, found, strict=True))
     rows = enumerate(zip(importances, scales.unbind(), drifts, factors, strict=True))
-    return [rest[i] if i in rest else reference.pull_rank1(*row, sides, curvature) for i, row in rows]
+    return [rest[i] if i in rest else penalty.pull_rank1(*row, sides, curvature) for i, row in rows]
 
 
 def _contiguous(product: Product) -> Product:

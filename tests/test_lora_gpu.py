@@ -10,7 +10,8 @@ from lora_cases import case, check_pull, check_record, dense
 from alr_kernels import _ops_lora
 from alr_kernels.codecs.encoded import Encoded
 from alr_kernels.lora import triton_kernel
-from alr_kernels.lora.reference import SIDES, Product
+from alr_kernels.lora.penalty import SIDES
+from alr_kernels.lora.reference import Product
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,8 +9,9 @@ from lora_cases import CODED, FORMATS, SHAPES, case, check_pull, check_record, d
 
 from alr_kernels import _ops_lora
 from alr_kernels.codecs.encoded import Encoded
-from alr_kernels.lora import native, reference
-from alr_kernels.lora.reference import SIDES, Product
+from alr_kernels.lora import native, penalty, reference
+from alr_kernels.lora.penalty import SIDES
+from alr_kernels.lora.reference import Product
 
 if native.unavailable_reason("cpu"):
     pytest.skip(native.unavailable_reason("cpu"), allow_module_level=True)

@@ -8,7 +8,7 @@ from cases import F32, F64
 from lora_cases import CODED, FORMATS, SHAPES, case, check_pull, check_record, dense
 
 from alr_kernels import _ops_lora
-from alr_kernels.lora.reference import SIDES
+from alr_kernels.lora.penalty import SIDES
 
 REASONS = _ops_lora.lora_backends("cpu", F32)
 BACKENDS = [

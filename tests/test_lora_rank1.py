@@ -10,8 +10,9 @@ from lora_cases import SHAPES, Case, case, check_pull
 from alr_kernels import _ops_lora
 from alr_kernels.codecs.encoded import Encoded
 from alr_kernels.codecs.reference import encode_rank1
-from alr_kernels.lora import reference
-from alr_kernels.lora.reference import SIDES, Product
+from alr_kernels.lora import penalty
+from alr_kernels.lora.penalty import SIDES
+from alr_kernels.lora.reference import Product
 
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 sides = pytest.mark.parametrize("sides", SIDES)
@@ -34,9 +35,9 @@ def pulled(cases, sides="both", curvature=False, backend="auto"):
 @curvatures
 def test_the_closed_form_equals_the_dense_formula(shape, sides, curvature):
     c = ranked(shape)
-    got = reference.pull_rank1(c.importance, c.scale, c.drift, c.factors, sides, curvature)
+    got = penalty.pull_rank1(c.importance, c.scale, c.drift, c.factors, sides, curvature)
     check_pull(got, c, sides, curvature)
-    dense = reference.pull(c.importance, c.scale, c.drift, c.factors, sides, curvature)  # a few rows at a time
+    dense = penalty.pull(c.importance, c.scale, c.drift, c.factors, sides, curvature)  # a few rows at a time
     check_pull(dense, c, sides, curvature)
     for a, b in zip(got, dense, strict=True):
         assert (a is None) is (b is None)
@@ -85,9 +86,9 @@ def test_no_importance_pulls_nothing(curvature):
 
 def test_a_scale_may_be_a_tensor_of_the_device():
     c = ranked((33, 256, 4))
-    plain = reference.pull_rank1(c.importance, c.scale, c.drift, c.factors, "both", True)
+    plain = penalty.pull_rank1(c.importance, c.scale, c.drift, c.factors, "both", True)
     scale = torch.tensor(c.scale, dtype=F64)
-    for a, b in zip(reference.pull_rank1(c.importance, scale, c.drift, c.factors, "both", True), plain, strict=True):
+    for a, b in zip(penalty.pull_rank1(c.importance, scale, c.drift, c.factors, "both", True), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
@@ -100,7 +101,7 @@ def test_nothing_dense_is_made():
         return Product(torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator))
 
     importance = Encoded(torch.rand(m, generator=generator), torch.rand(n, generator=generator) / n, "rank1")
-    pull = reference.pull_rank1(importance, 0.5, product(2), product(1), "both", True)
+    pull = penalty.pull_rank1(importance, 0.5, product(2), product(1), "both", True)
     assert pull.value > 0
     assert pull.grad_up.shape == pull.curvature_up.shape == (m, 1)
     assert pull.grad_down.shape == pull.curvature_down.shape == (1, n)

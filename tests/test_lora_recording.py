@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alr_kernels import AlrAdamW, Importance, _ops_lora, lora_pairs
-from alr_kernels.lora import gradients, reference
+from alr_kernels.codecs.encoded import Encoded
+from alr_kernels.lora import gradients, penalty, reference
 from alr_kernels.lora.reference import Product
 
 OMEGA = "effective_path_integral"
@@ -181,9 +182,9 @@ def test_one_move_of_u_records_the_same_in_every_gauge(estimator, gauge):
         moved = reference.move(start, end, s)
         reference.record_(omega, gradient, moved)
         importance = omega.clamp(min=0) / ((moved.left @ moved.right).square() + 1e-6)
-        encoded = reference.Encoded.dense(importance)
+        encoded = Encoded.dense(importance)
         factors = Product(s * end.left, s * end.right)
-        return omega, importance, reference.pull(encoded, 0.7, moved, factors, "none", False).value
+        return omega, importance, penalty.pull(encoded, 0.7, moved, factors, "none", False).value
 
     wanted, got = recorded(torch.eye(3, dtype=F64)), recorded(gauges()[gauge])
     if estimator == "tangent":

@@ -24,7 +24,8 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa:
 from alr_kernels import _ops_lora  # noqa: E402
 from alr_kernels.codecs.encoded import Encoded  # noqa: E402
 from alr_kernels.lora import triton_kernel  # noqa: E402
-from alr_kernels.lora.reference import SIDES, Product  # noqa: E402
+from alr_kernels.lora.penalty import SIDES  # noqa: E402
+from alr_kernels.lora.reference import Product  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 ROOT = Path(__file__).parent.parent

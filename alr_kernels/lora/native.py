@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..codecs.native import kept_addresses
 from ..step.native import _C, available, mutated
-from .reference import Product, Pull, empty_pulls
+from .penalty import Pull, empty_pulls
+from .reference import Product
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

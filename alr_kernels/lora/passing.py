@@ -16,7 +16,8 @@ import torch
 from .. import _ops_lora, _validate_lora
 from .. import state as _state
 from .gradients import factored, tangent
-from .reference import Product, Pull, move
+from .penalty import Pull
+from .reference import Product, move
 from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of
 
 if TYPE_CHECKING:

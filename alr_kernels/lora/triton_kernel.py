@@ -18,8 +18,9 @@ from ..codecs.storage import CODES
 from ..step import tables
 from ..step.triton_kernel import _device_of, available
 from ..step.triton_math import tl
-from . import reference
-from .reference import Product, Pull
+from . import penalty, reference
+from .penalty import Pull
+from .reference import Product
 from .triton_tile import Build, pull_kernel, record_kernel
 
 if TYPE_CHECKING:
@@ -146,16 +147,16 @@ def pulls(
     importances: Sequence[Encoded], scales: Tensor, drifts: Sequence[Product], factors: Sequence[Product],
     sides: str, curvature: bool,
 ) -> list[Pull]:  # fmt: skip
-    """Do ``reference.pull`` of each pair."""
+    """Do ``penalty.pull`` of each pair."""
     results: list[Any] = [None] * len(importances)
     groups: dict[Kind, list[int]] = defaultdict(list)
     each = scales.unbind()
     for i, (importance, drift, (up, down)) in enumerate(zip(importances, drifts, factors, strict=True)):
         (m, rank), n = up.shape, down.shape[1]
         if not (m and n):
-            results[i] = reference.empty_pull(up, down, sides, curvature)
+            results[i] = penalty.empty_pull(up, down, sides, curvature)
         elif rank > MOST_RANK or not _fits(m, n) or importance.format == "fp64":
-            results[i] = reference.pull(importance, each[i], drift, factors[i], sides, curvature)
+            results[i] = penalty.pull(importance, each[i], drift, factors[i], sides, curvature)
         else:
             aligned = _aligned(n, importance.values)
             groups[Kind(up.device, m, n, drift.left.shape[1], rank, importance.format, aligned)].append(i)
