@@ -175,8 +175,12 @@ class TestInterpreted:
         check_pull(*pull([c], curvature=True), c, curvature=True)
 
     @pytest.mark.parametrize("kept", FORMATS)
-    def test_operands_off_alignment(self, kept):
+    def test_operands_off_alignment(self, kept, monkeypatch):
         """They take a launch of their own, without vectors."""
+        kinds = []
+        for name in ("record_build", "pull_build"):
+            build_of = getattr(triton_kernel, name)
+            monkeypatch.setattr(triton_kernel, name, lambda kind, *a, f=build_of: kinds.append(kind) or f(kind, *a))
         plain, c = case((33, 128, 8)), case((33, 128, 8), kept)
         skip = 3 if kept in ("int8", "int4") else 17
         c = c._replace(
@@ -193,6 +197,7 @@ class TestInterpreted:
         check_record(omegas[0], plain)
         check_record(omegas[1], c._replace(path_integral=before), gradients[1])
         check_pull(*pull([c], curvature=True), c, curvature=True)
+        assert [kind.aligned for kind in kinds] == [True, False, False]
 
     def test_one_launch_a_class(self, monkeypatch):
         launches = {op: Launches(getattr(triton_kernel, f"{op}_kernel")) for op in ("record", "pull")}

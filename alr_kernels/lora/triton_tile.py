@@ -200,10 +200,10 @@ def pull_kernel(
     scale_ptr,  # k / Ω of each pair, fp64 [P], read
     drift_left_ptr,  # fp32 [P, m, drift_blocks * BUILD.first], read
     drift_right_ptr,  # fp32 [P, drift_blocks * BUILD.first, n], read
-    up_ptr,  # s·B, fp32 [P, m, rank_blocks * BUILD.second], read; None unless BUILD.down
-    down_ptr,  # s·A, fp32 [P, rank_blocks * BUILD.second, n], read; None unless BUILD.up
-    bound_up_ptr,  # |up| ⊙ Σ_q|up|, as up_ptr, read; None unless BUILD.curvature too
-    bound_down_ptr,  # |down| ⊙ Σ_q|down|, as down_ptr, read; None unless BUILD.curvature too
+    up_ptr,  # s·B, fp32 [P, m, rank_blocks * BUILD.second], read where BUILD.down
+    down_ptr,  # s·A, fp32 [P, rank_blocks * BUILD.second, n], read where BUILD.up
+    bound_up_ptr,  # |up| ⊙ Σ_q|up|, as up_ptr, read; None unless BUILD.curvature
+    bound_down_ptr,  # |down| ⊙ Σ_q|down|, as down_ptr, read; None unless BUILD.curvature
     value_ptr,  # Σ k gap² of each program, fp64 [P, blocks of rows, chunks], written
     grad_up_ptr,  # parts by chunk, fp32 [P, chunks, m, rank], written; or None
     grad_down_ptr,  # parts by block of rows, fp32 [P, blocks of rows, rank, n], written; or None
