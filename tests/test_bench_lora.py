@@ -96,7 +96,7 @@ def test_tables_are_of_the_result_alone(result):
 
 def test_bars(result):
     found = {bar["name"]: bar for bar in lora.bars(result)}
-    assert len(found) == 6
+    assert len(found) == 3
     for bar in found.values():
         assert set(bar) == {"name", "wanted", "at_least", "got", "holds"}
         if bar["got"] is not None:
