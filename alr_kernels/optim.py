@@ -373,6 +373,8 @@ class AlrAdamW(Readings):
         penalised = sum(slot.penalised for _, slot, _ in members)
         covered = self._penalty.describe(penalised, len(members)) if self._penalty else plain
         covered += f"\n{self._space.describe()}" if self._space else ""
-        kept = self._storage.describe([param for _, _, param in members])
+        shapes = [param.shape for _, slot, param in members if slot.bound is None and slot.penalised]
+        shapes += [bound.geometry.shape for bound in self._space or () if bound.importance is not None]
+        kept = self._storage.describe([param for _, _, param in members], shapes)
         how = f"mode: {self.mode}, backend: {self.backend}, record: {self.record}"
         return f"{super().__repr__()}\n{how}\n{covered}\n{kept}"

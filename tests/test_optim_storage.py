@@ -124,9 +124,9 @@ def test_float64_parameters_stay_float64():
 def test_repr_counts_what_stays_wide():
     model = mixed_model(BF16)
     text = repr(new(model, importance_dtype="int4", anchor_dtype="bf16", state_dtype="int8", master="split"))
-    assert "importance int4, anchor bf16, moments int8, master split; 5 of 7 tensors stay wider" in text
-    assert "4 of 7 tensors" in repr(new(model, state_dtype=BF16))  # rows need no blocks
-    assert "5 of 7 tensors" in repr(new(model, importance_dtype="int8"))
+    assert "importance int4, anchor bf16, moments int8, master split, 5 of 7 moments stay wider" in text
+    assert "4 of 7 moments" in repr(new(model, state_dtype=BF16))  # rows need no blocks
+    assert "5 of 7 importances" in repr(new(model, importance_dtype="int8"))
     plain = repr(new(model))
     assert "importance as given, anchor as param, moments fp32" in plain
     assert "stay wider" not in plain

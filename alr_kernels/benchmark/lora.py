@@ -263,7 +263,7 @@ def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     for entry in result["passes"]:
         rows, rank = {row["name"]: row for row in entry["rows"]}, entry["rank"]
-        if result["device"] == "cpu" and rank != 8 or rank not in RANKS:
+        if (result["device"] == "cpu" and rank != 8) or rank not in RANKS:
             continue
         ready, whole, coupled = rows[RECORD], rows[RECORD_WHOLE], rows[coupled_name("int8")]
         if result["device"] == "cuda":

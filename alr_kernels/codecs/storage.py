@@ -73,7 +73,7 @@ class Storage:
         """Whether ``param`` has an int16 remainder, with which it is a float32 number."""
         return self.master == "split" and param.dtype is torch.bfloat16
 
-    def describe(self, params: list[Tensor]) -> str:
+    def describe(self, params: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> str:
         """Say what is kept how, and how many tensors stay wide."""
         parts = [
             f"importance {self.importance or 'as given'}",
@@ -81,12 +81,14 @@ class Storage:
             f"moments {self.state}",
         ]
         parts += [f"master {self.master}"] if self.master != "none" else []
-        wide = sum(
-            self.state_format(p) != self.state or self.importance_format(p) != (self.importance or "fp32")
-            for p in params
-        )
-        wider = f"; {wide} of {len(params)} tensors stay wider (small or odd shapes)" if wide else ""
-        return ", ".join(parts) + wider
+        wanted = self.importance or "fp32"
+        wider = {
+            "moments": [self.state_format(param) != self.state for param in params],
+            "importances": [fitting(wanted, shape) != wanted for shape in shapes],
+        }
+        for what, rows in wider.items():
+            parts += [f"{sum(rows)} of {len(rows)} {what} stay wider (small or odd shapes)"] if any(rows) else []
+        return ", ".join(parts)
 
 
 def is_small(param: Tensor) -> bool:
