@@ -15,7 +15,7 @@ pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
 peft = pytest.importorskip("peft", reason="demo --lora needs peft")
 
 ARMS = {
-    "plain LoRA": 3, "general phase then LoRA": 3, "L2-SP": 3, "ALR coupled": 3, "ALR proximal": 3
+    "plain LoRA": 4, "general phase then LoRA": 4, "L2-SP": 3, "ALR coupled": 3, "ALR proximal": 3
 }  # fmt: skip
 PNG = b"\x89PNG\r\n\x1a\n"
 BYTES = torch.arange(64).view(2, 32) + 32

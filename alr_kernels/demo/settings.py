@@ -25,7 +25,7 @@ class Adapter:
     targets: tuple[str, ...]
     r: int = 8
     alpha: int = 32
-    steps: int = 300  # of the general phase, all of them recorded
+    steps: int = 400  # of the general phase, all of them recorded
     lr: float = 1e-3
 
 
@@ -79,8 +79,8 @@ FAST: dict[str, object] = {
 LORA: dict[str, object] = {
     "pretrain_steps": 1200,
     "tune_steps": 200,
-    "lrs": (5e-4, 1e-3, 2e-3),
-    "pull_lr": 1e-3,
-    "l2sp_lambdas": (0.003, 0.01, 0.03),
-    "alr_lambdas": (0.01, 0.03, 0.1),
+    "lrs": (3.5e-4, 5e-4, 7e-4, 1e-3),
+    "pull_lr": 2e-3,
+    "l2sp_lambdas": (0.001, 0.002, 0.004),
+    "alr_lambdas": (0.002, 0.004, 0.008),
 }
