@@ -79,8 +79,8 @@ FAST: dict[str, object] = {
 LORA: dict[str, object] = {
     "pretrain_steps": 1200,
     "tune_steps": 200,
-    "lrs": (3.5e-4, 5e-4, 7e-4, 1e-3),
+    "lrs": (5e-4, 7e-4, 1e-3, 1.4e-3),
     "pull_lr": 2e-3,
-    "l2sp_lambdas": (0.001, 0.002, 0.004),
-    "alr_lambdas": (0.002, 0.004, 0.008),
+    "l2sp_lambdas": (0.0007, 0.001, 0.0014),
+    "alr_lambdas": (0.0014, 0.002, 0.0028),
 }

@@ -141,6 +141,9 @@ def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
         f"({result['selection']['rule']}) and each family's run (→) on validation texts only; every number above is "
         "from test texts, disjoint by file. Between evaluations the lower envelope of a run is read linearly.",
     ]
+    missed = [row["arm"] for row in result["rows"] if row["forgetting_at_level"] is None]
+    if missed:
+        said.append(f"Never reached that domain NLL, and are left out of the comparison there: {'; '.join(missed)}.")
     if lora:
         said.append(_artifact(result))
     if fast:
