@@ -73,8 +73,8 @@ def test_rows_are_consistent(fast):
     assert {entry["family"]: entry["general_at_level"] for entry in chosen} == result["general_at_shared_level"]
 
 
-def test_general_text_is_the_same_for_all_at_the_start(fast):
-    """A fresh adapter is the base model; the general phase moves away from it."""
+def test_the_general_phase_moves_away_from_the_base_model(fast):
+    """A fresh adapter is the base model itself: both starts are evaluated, and differ."""
     _, _, result, _ = fast
     base, general = result["before"]["base model"], result["before"]["general phase"]
     assert base.keys() == general.keys()

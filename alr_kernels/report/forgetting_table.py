@@ -143,7 +143,7 @@ def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
     ]
     missed = [row["arm"] for row in result["rows"] if row["forgetting_at_level"] is None]
     if missed:
-        said.append(f"Never reached that domain NLL, and are left out of the comparison there: {'; '.join(missed)}.")
+        said.append(f"These runs never reached that domain NLL and are not compared there: {'; '.join(missed)}.")
     if lora:
         said.append(_artifact(result))
     if fast:
