@@ -10,7 +10,7 @@ from typing import Any
 
 from ._version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pybind11", "ninja", "accelerate")
+PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pybind11", "ninja", "accelerate", "peft")
 
 
 def triton_interpreted() -> bool:

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from alr_kernels.demo import corpus
-from alr_kernels.demo.frontier import forgetting_at, lower_envelope, shared_level
+from alr_kernels.demo.frontier import general_at, lower_envelope, shared_level
 
 pytest.importorskip("transformers", reason="the demo needs transformers")
 pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
@@ -115,21 +115,21 @@ def test_a_file_that_does_not_parse_is_skipped(tmp_path):
 
 
 def test_interpolation_between_two_points():
-    assert forgetting_at([(2.0, 0.0), (1.0, 1.0)], 1.25) == pytest.approx(0.75)
+    assert general_at([(2.0, 0.0), (1.0, 1.0)], 1.25) == pytest.approx(0.75)
 
 
 def test_interpolation_at_the_points_themselves():
     points = [(3.0, 0.0), (2.0, 0.1), (1.0, 0.4)]
-    assert [forgetting_at(points, level) for level, _ in points] == pytest.approx([0.0, 0.1, 0.4])
+    assert [general_at(points, level) for level, _ in points] == pytest.approx([0.0, 0.1, 0.4])
 
 
 def test_a_level_that_was_not_reached_has_no_forgetting():
-    assert forgetting_at([(2.0, 0.0), (1.0, 1.0)], 0.99) is None
-    assert forgetting_at([], 1.0) is None
+    assert general_at([(2.0, 0.0), (1.0, 1.0)], 0.99) is None
+    assert general_at([], 1.0) is None
 
 
 def test_a_level_above_all_points_is_the_least_trained_point():
-    assert forgetting_at([(2.0, 0.0), (1.0, 1.0)], 5.0) == 0.0
+    assert general_at([(2.0, 0.0), (1.0, 1.0)], 5.0) == 0.0
 
 
 def test_points_that_go_back_do_not_bend_the_curve():
@@ -138,7 +138,7 @@ def test_points_that_go_back_do_not_bend_the_curve():
 
 
 def test_a_run_that_forgets_nothing_more_is_flat():
-    assert forgetting_at([(2.0, 0.0), (1.0, -0.1)], 1.5) == pytest.approx(-0.1)
+    assert general_at([(2.0, 0.0), (1.0, -0.1)], 1.5) == pytest.approx(-0.1)
 
 
 def test_points_of_a_run_that_diverged_are_left_out():
@@ -156,12 +156,12 @@ def test_the_shared_level_is_the_worst_of_the_best():
 # ---------------------------------------------------------------- the comparison of runs
 
 
-def row(family, forgetting, chosen=True):
-    return {"family": family, "arm": family, "chosen": chosen, "forgetting_at_level": forgetting}
+def row(family, general, chosen=True):
+    return {"family": family, "arm": family, "chosen": chosen, "general_at_level": general}
 
 
 def test_the_verdict_names_the_arms_that_were_not_beaten():
-    from alr_kernels.demo.study import verdict
+    from alr_kernels.demo.comparison import verdict
 
     rows = [row("AdamW", 0.3), row("L2-SP", 0.2), row("L2-SP", None, False), row("ALR coupled", 0.1)]
     assert verdict(rows) == {"ALR coupled": {"holds": True, "beaten_by": []}}

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 NEEDS = ("transformers", "matplotlib")
+LORA_NEEDS = ("peft",)
 WIDTH = 110  # columns of the table
 
 
@@ -25,21 +26,27 @@ def demo(
     arch: Annotated[Arch, typer.Option(help="Model family, built from its transformers config.")] = Arch.llama,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the model and every batch: same seed, same table.")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="Seconds instead of minutes: shows that all runs.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for results. [default: demo-results/ARCH-seedSEED]")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results. [default: demo-results/ARCH(-lora)-seedSEED]")
+    ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
+    lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters (PEFT) instead of all weights.")] = False,
 ) -> None:
     """Learn a domain with and without the pull, and see what was forgotten.
 
     A byte-level model learns prose (this Python's own documentation) while the importance of its weights is recorded;
     then it learns code (the standard library's source) by AdamW, by L2-SP and by ALR. Nothing is downloaded.
+
+    With --lora a model that has learnt prose stands still. A LoRA adapter learns more prose while the importance of
+    U = s·B·A is recorded, then code; plain LoRA, with and without that phase on prose, learns the same code.
     """
     from ..demo.corpus import CorpusError
 
-    _require(NEEDS)
-    folder = out or Path("demo-results") / f"{arch.value}-seed{seed}"
+    _require(NEEDS + LORA_NEEDS if lora else NEEDS)
+    folder = out or Path("demo-results") / f"{arch.value}{'-lora' if lora else ''}-seed{seed}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _run(arch.value, seed, fast, folder, threads)
+        _run(arch.value, seed, fast, lora, folder, threads)
     except OSError as error:
         typer.echo(f"alr-kernels demo: {error}. Choose a folder that can be written with --out.", err=True)
         raise typer.Exit(2) from error
@@ -67,7 +74,7 @@ def _quiet_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def _run(arch: str, seed: int, fast: bool, folder: Path, threads: int) -> None:
+def _run(arch: str, seed: int, fast: bool, lora: bool, folder: Path, threads: int) -> None:
     _quiet_environment()
     from rich.console import Console
     from rich.progress import (
@@ -85,12 +92,13 @@ def _run(arch: str, seed: int, fast: bool, folder: Path, threads: int) -> None:
     with console.status("importing torch and transformers"):
         import torch
 
-        from ..demo.study import Settings, study
+        from ..demo.settings import Settings
+        from ..demo.study import study
         from ..report import forgetting_plots, forgetting_table
 
     if threads:
         torch.set_num_threads(threads)
-    settings = Settings.fast(arch, seed) if fast else Settings(arch=arch, seed=seed)
+    settings = Settings.of(arch, seed, lora=lora, fast=fast)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     live = console.is_terminal  # bars in a log file would come all at once, at the end
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not live) as progress:
@@ -105,6 +113,7 @@ def _run(arch: str, seed: int, fast: bool, folder: Path, threads: int) -> None:
     results = folder / "results.json"
     results.write_text(json.dumps(result, indent=1) + "\n")
     files = [folder / "importance.safetensors", results, *forgetting_plots.write(result, folder)]
+    files += [folder / "base", folder / "adapter"] if lora else []
     console.print(forgetting_table.table(result))
     console.print(forgetting_table.few_bytes(result))
     for paragraph in forgetting_table.explanation(result, fast):

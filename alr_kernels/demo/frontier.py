@@ -1,6 +1,6 @@
 """Trade-offs between what was learnt and what was forgotten, compared at equal learning.
 
-A run leaves points (domain NLL, forgetting). Reading forgetting at the same domain NLL for every run compares how
+A run leaves points (domain NLL, general NLL). Reading the general NLL at the same domain NLL for every run compares how
 much each paid for the same learning; reading it at the end would reward whoever learnt less.
 """
 
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 
-Point = tuple[float, float]  # domain NLL in nats per byte, forgetting in nats per byte: lower is better in both
+Point = tuple[float, float]  # domain NLL and general NLL, in nats per byte: lower is better in both
 
 
 def lower_envelope(points: Iterable[Point]) -> list[Point]:
@@ -26,12 +26,12 @@ def lower_envelope(points: Iterable[Point]) -> list[Point]:
     return envelope
 
 
-def forgetting_at(points: Iterable[Point], level: float) -> float | None:
+def general_at(points: Iterable[Point], level: float) -> float | None:
     """Interpolate the lower envelope linearly at one domain NLL.
 
     Returns:
-        The forgetting; None where the level is below all points (it was not reached). Above all points it is the
-        forgetting of the least-trained point.
+        The general NLL; None where the level is below all points (it was not reached). Above all points it is that of
+        the least-trained point.
     """
     envelope = lower_envelope(points)
     if not envelope or level < envelope[0][0]:

@@ -90,14 +90,19 @@ def evaluate(model: nn.Module, sets: Mapping[str, Tensor], chunk: int = 64) -> d
     return result
 
 
+def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return what is trained of a model, by name."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of every trainable weight by name."""
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
+    """Return a copy of every trained weight by name."""
+    return {name: param.detach().clone() for name, param in trained(model)}
 
 
 @torch.no_grad()
 def restore(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Put a snapshot back."""
-    for name, param in model.named_parameters():
+    for name, param in trained(model):
         param.copy_(weights[name])
         param.grad = None

@@ -1,4 +1,4 @@
-"""The two training loops: general text with the importance recorded, and the domain by one arm."""
+"""The two training loops: general text, with the importance recorded or without, and the domain by one arm."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from alr_kernels import AlrAdamW, Importance
 
 from . import models
 from .frontier import Point
+from .settings import GENERAL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from alr_kernels.lora import LoraPairs
+
+    from .subjects import Subject
 
 Tick = Callable[[], None]
 WARMUP = 10  # tuning steps until the learning rate is whole
@@ -36,6 +41,7 @@ class Arm:
     mode: str = "proximal"
     coeffs: str = "uniform"
     storage: tuple[tuple[str, str], ...] = ()  # dtype options of AlrAdamW
+    start: str = GENERAL
 
     @property
     def label(self) -> str:
@@ -49,24 +55,28 @@ class Run:
     """What one arm left behind: its trade-off along training, and its cost."""
 
     arm: Arm
-    points: dict[str, list[Point]]  # split → (domain NLL, forgetting), from the start on
+    before: dict[str, float]  # set → NLL at the start
+    points: dict[str, list[Point]]  # split → (domain NLL, general NLL), from the start on
     final: dict[str, float] = field(default_factory=dict)  # set → NLL at the end
     optimizer_ms: float = 0.0  # median of optimizer.step()
     step_ms: float = 0.0  # median of forward, backward and optimizer.step()
-    extra_bytes: float = 0.0  # a parameter, beyond the moments of AdamW
-    held_bytes: float = 0.0  # a parameter, moments included
+    extra_bytes: float = 0.0  # a trained parameter, beyond the moments of AdamW
+    held_bytes: float = 0.0  # a trained parameter, moments included
     losses: list[float] = field(default_factory=list)  # training loss of every step
     coeffs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)  # at the end
 
 
 def pretrain(
-    model: nn.Module, batches: Iterator[Tensor], steps: int, record_from: int, lr: float, tick: Tick
-) -> AlrAdamW:
+    model: nn.Module, batches: Iterator[Tensor], steps: int, lr: float, tick: Tick, *,
+    record_from: int | None, pairs: LoraPairs | None = None,
+) -> AlrAdamW:  # fmt: skip
     """Train on general text with a cosine schedule; ω is integrated from step ``record_from`` to the end.
 
     No gradient is clipped, since that would scale ω.
     """
-    optimizer = AlrAdamW(model.named_parameters(), lr=lr, weight_decay=0.01, record=True)
+    recording = record_from is not None
+    optimizer = AlrAdamW(models.trained(model), lr=lr, weight_decay=0.01, record=recording, lora=pairs)
     for step in range(steps):
         if step == record_from:
             optimizer.start_phase()  # ω from zero, Δθ from here; the moments go on
@@ -86,35 +96,36 @@ def importance_of(arm: Arm, recorded: Importance) -> Mapping[str, Tensor] | None
     return recorded if arm.importance == "recorded" else None
 
 
-def build_optimizer(model: nn.Module, arm: Arm, importance: Mapping[str, Tensor] | None) -> AlrAdamW:
+def build_optimizer(subject: Subject, arm: Arm) -> AlrAdamW:
     """Return the arm's optimizer. Every arm is the same class; without importance it is AdamW."""
-    options: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.0, **dict(arm.storage)}
+    recorded, storage = subject.recorded, dict(arm.storage)
+    if storage.get("importance_dtype") == "rank1":  # a form of importance that is taken as given
+        recorded = recorded.astype(storage.pop("importance_dtype"))
+    importance = importance_of(arm, recorded)
+    options: dict[str, Any] = {"lr": arm.lr, "weight_decay": 0.0, **storage}
     if importance is not None:
-        options |= {"coeffs": arm.coeffs, "reg_lambda": arm.reg_lambda, "mode": arm.mode}
-    return AlrAdamW(model.named_parameters(), importance, **options)
+        options |= {"coeffs": arm.coeffs, "reg_lambda": arm.reg_lambda, "mode": arm.mode, "lora": subject.pairs}
+    return AlrAdamW(models.trained(subject.model), importance, **options)
 
 
 def tune(
-    model: nn.Module,
-    start: Mapping[str, Tensor],
-    before: Mapping[str, float],
+    subject: Subject,
     arm: Arm,
-    recorded: Importance,
     batches: Iterator[Tensor],
     steps: int,
     evaluate_every: int,
     sets: Mapping[str, Tensor],
     tick: Tick,
 ) -> Run:
-    """Tune on the domain from ``start`` by one arm and evaluate along the way.
+    """Tune on the domain by one arm, from its start, and evaluate along the way.
 
-    ``sets``: "general validation", "domain validation", "general test", "domain test"; ``before``: their NLL at the
-    start.
+    ``sets``: "general validation", "domain validation", "general test", "domain test".
     """
-    models.restore(model, start)
-    importance = importance_of(arm, recorded)
-    optimizer = build_optimizer(model, arm, importance)
-    run = Run(arm, {split: [(before[f"domain {split}"], 0.0)] for split in ("validation", "test")})
+    model, start = subject.model, subject.starts[arm.start]
+    models.restore(model, start.weights)
+    optimizer = build_optimizer(subject, arm)
+    run = Run(arm, start.before, {split: [] for split in ("validation", "test")})
+    _note(run, start.before)
     whole, inside = [], []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = arm.lr * min(1.0, step / WARMUP)
@@ -131,24 +142,28 @@ def tune(
         run.losses.append(float(loss.detach()))
         tick()
         if step % evaluate_every == 0 or step == steps:
-            run.final = models.evaluate(model, sets)
-            for split, points in run.points.items():
-                general = run.final[f"general {split}"] - before[f"general {split}"]
-                points.append((run.final[f"domain {split}"], general))
+            _note(run, models.evaluate(model, sets))
     run.optimizer_ms, run.step_ms = statistics.median(inside), statistics.median(whole)
     run.held_bytes, run.extra_bytes = bytes_per_parameter(model, optimizer)
     run.coeffs = dict(optimizer.coeffs or {})
+    run.weights = models.snapshot(model)
     return run
+
+
+def _note(run: Run, found: Mapping[str, float]) -> None:
+    run.final = dict(found)
+    for split, points in run.points.items():
+        points.append((found[f"domain {split}"], found[f"general {split}"]))
 
 
 def bytes_per_parameter(model: nn.Module, optimizer: AlrAdamW) -> tuple[float, float]:
     """Count the live tensors that the arm holds beside weights and gradients: (all, without AdamW's moments).
 
-    Memory that several of them share counts once.
+    Bytes for each trained parameter; memory that several of them share counts once.
     """
     held = [(key in MOMENTS, value) for state in optimizer.state.values() for key, value in state.items()]
     held += [(False, tensor) for tensor in optimizer.importance_tensors()]
-    numel = sum(param.numel() for param in model.parameters())
+    numel = sum(param.numel() for _, param in models.trained(model))
     storages = {t.untyped_storage().data_ptr(): (moment, t.untyped_storage().nbytes()) for moment, t in held}
     extra = sum(nbytes for moment, nbytes in storages.values() if not moment)
     return sum(nbytes for _, nbytes in storages.values()) / numel, extra / numel
