@@ -272,9 +272,8 @@ def state_dict(
     fingerprint: str | None,
     penalty_form: str,
     master: str = "none",
-    effective: Mapping[Tensor, Sequence[int]] | None = None,
 ) -> None:
-    """Check a state_dict before anything of the optimizer is changed; ``effective``: B of a LoRA pair → shape of U."""
+    """Check a state_dict before anything of the optimizer is changed."""
     if "state" not in saved or "param_groups" not in saved:
         raise ValueError(f"state_dict: expected keys 'state' and 'param_groups', got {listed(map(str, saved))}.")
     saved_groups = saved["param_groups"]
@@ -310,12 +309,7 @@ def state_dict(
                 if field.endswith("_scale") and shape:
                     shape = (*shape[:-1], shape[-1] // BLOCK)
                 if field == "effective_path_integral":
-                    if effective is None or param not in effective:
-                        raise ValueError(
-                            f"state_dict: parameter {key} was saved as B of a LoRA pair that was recorded in effective "
-                            "space; construct the optimizer with the same lora=... to resume."
-                        )
-                    shape = tuple(effective[param])
+                    continue  # _validate_lora.state_dict
                 if field != "step" and isinstance(value, Tensor) and tuple(value.shape) != shape:
                     raise ValueError(
                         f"state_dict: {field} of parameter {key} has shape {tuple(value.shape)}, "

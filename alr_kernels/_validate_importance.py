@@ -60,7 +60,7 @@ def importance_fits(
         raise ValueError(
             f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; parameters are "
             f"{listed(params, 3)}. If only some parameters are trained, pass importance.select("
-            f"{'pair.name for pair in pairs' if pairs else 'name for name, _ in named_parameters'})."
+            f"{'pairs.importance_names' if pairs else 'name for name, _ in named_parameters'})."
         )
     differing = [name for name, shape in entries.items() if tuple(shape) != tuple(params[name])]
     if differing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -279,8 +279,62 @@ def no_factors(entries: Iterable[str], factors: Mapping[str, str]) -> None:
             )
 
 
+def state_dict(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], bounds: Sequence[Any], form: str | None
+) -> None:
+    """Check what a state_dict has of LoRA pairs, before anything is changed; ``form``: how this optimizer records."""
+    shapes = {id(bound.params(groups)[0]): tuple(bound.geometry.shape) for bound in bounds}
+    factors = {id(param) for bound in bounds for param in bound.params(groups)}
+    saved_groups = saved["param_groups"]
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        for key, param in zip(saved_group["params"], group["params"], strict=True):
+            kept = saved["state"].get(key, {})
+            omega = kept.get("effective_path_integral")
+            if omega is not None and tuple(omega.shape) != shapes.get(id(param)):
+                expected = f"of a pair of shape {shapes[id(param)]}" if id(param) in shapes else "of none"
+                raise ValueError(
+                    f"state_dict: parameter {key} was saved as B of a LoRA pair of shape {tuple(omega.shape)} that was "
+                    f"recorded in effective space, here it is B {expected}; construct the optimizer with the same "
+                    "lora=... to resume."
+                )
+            if "path_integral" in kept and id(param) in factors:
+                raise ValueError(
+                    f"state_dict: parameter {key} was recorded element by element, here it is a factor of a LoRA pair; "
+                    "construct the optimizer without lora=... to resume, or start the recording anew."
+                )
+    saved_form = saved_groups[0].get("lora_form") if saved_groups else None
+    if saved_form is not None and form is not None and saved_form != form:
+        raise ValueError(
+            f"state_dict: its ω was recorded with {saved_form}, this optimizer records with {form}; "
+            "use the same options of lora_pairs to resume."
+        )
+
+
+def uncovered_factor(name: str) -> NoReturn:
+    raise ValueError(
+        f"parameter {name!r} is a trainable factor of a LoRA adapter whose pairs this optimizer does not have: it "
+        "would be recorded and penalised by itself. Freeze it, or build the optimizer with lora_pairs of all adapters that "
+        "train."
+    )
+
+
+def paper_optimizer(form: str | None) -> None:
+    """Refuse an optimizer that does not record as the paper's preset."""
+    expected = "estimator='factored', clamp=True, origin='zero'"
+    if form != expected:
+        raise ValueError(
+            f"add_epoch: expected an optimizer with record=True that records with {expected}, as lora_pairs(..., "
+            f"preset='paper') says, got {form or 'none'}."
+        )
+
+
 def recording(estimator: str, record: bool, capturable: bool) -> None:
-    """Refuse options that do not go together."""
+    """Refuse estimators that cannot be captured, or would gather gradients that nobody reads."""
+    if estimator == "exact" and not record:
+        raise ValueError(
+            "lora: estimator='exact' gathers dense gradients for recording, and this optimizer does not record; use "
+            "record=True, or lora_pairs(model) without it."
+        )
     if record and capturable and estimator == "tangent":
         raise ValueError(
             "record: the tangent estimator finds eigenvalues of r × r matrices, for which the host waits: a CUDA graph "
@@ -299,4 +353,12 @@ def nothing_gathered(name: str) -> NoReturn:
     raise RuntimeError(
         f"lora_pairs(estimator='exact'): the factors of {name!r} have gradients, but no backward pass went by its "
         "hooks; call lora_pairs before torch.compile, keep the pairs open, and take each step after its own backward."
+    )
+
+
+def another_gradient(name: str, apart: float) -> NoReturn:
+    raise RuntimeError(
+        f"lora_pairs(estimator='exact'): the gradients of the factors of {name!r} are not those that the gathered "
+        f"dense gradient implies ({apart:.0%} apart). Those of another backward pass were thrown away or changed: "
+        "clear them with optimizer.zero_grad(), which forgets the gathered ones too."
     )

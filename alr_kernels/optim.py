@@ -65,7 +65,8 @@ class AlrAdamW(Readings):
             ``optimizer.grad_norm`` holds the norm as a tensor. None: no clipping.
         importance_dtype: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"int4"`` (block codes) or such torch dtypes; None: as it
             is given, so that an :class:`Importance` in codes is never decoded (one in rank1 is, to fp32).
-        anchor_dtype: ``"fp32"`` or ``"bf16"`` (lossless for a bf16 checkpoint); None: as the parameter.
+        anchor_dtype: ``"fp32"`` or ``"bf16"`` (lossless for a bf16 checkpoint); None: as the parameter, which those of
+            LoRA factors always are.
         state_dtype: of the moments, ``"fp32"``, ``"bf16"`` or ``"int8"`` (block codes). Vectors, tensors under 4096
             elements and, for codes, rows of no multiple of 128 stay fp32, importance likewise.
         master: of bf16 parameters. ``"split"``: an int16 remainder beside each makes it an exact fp32 number;
@@ -185,6 +186,8 @@ class AlrAdamW(Readings):
             members += [(slot.name, param) for slot, param in zip(slots, group["params"], strict=True)]
             _validate.no_duplicates(members)
             _validate.distinct_names(name for name, _ in members)
+            if self._space is not None:
+                self._space.rename(slots, group["params"])
         except Exception:
             self.param_groups.pop()  # a refused group leaves the optimizer as it was
             raise
@@ -300,11 +303,21 @@ class AlrAdamW(Readings):
         elif coeffs is not None:
             self.set_coeffs(coeffs)
         for _, _, param in self._members():
-            for key in ("anchor", "start", "path_integral", _state.EFFECTIVE):
-                self.state.get(param, {}).pop(key, None)
+            self.state.get(param, {}).pop("anchor", None)
         self._anchor = None
+        self.restart_recording()
+
+    def restart_recording(self) -> None:
+        """Let ω start from zero at the present weights; the anchor stays. ``start_phase`` does it too."""
+        for _, _, param in self._members():
+            for key in ("start", "path_integral", _state.EFFECTIVE):
+                self.state.get(param, {}).pop(key, None)
         self._bound = False
         self._recorded_steps, self._device_steps = 0, None
+
+    @property
+    def _lora_form(self) -> str | None:
+        return self._space.form if self._space is not None and self.record else None
 
     @property
     def _penalty_form(self) -> str:
@@ -316,7 +329,9 @@ class AlrAdamW(Readings):
         if self._penalty is not None and self._balance is not None:
             self._penalty.coeffs = self._balance.coeffs()
         balance = self._balance.state() if self._balance else None
-        extra = _state.extras(self._penalty, self._penalty_form, self._coeffs_choice, self.recorded_steps, balance)
+        extra = _state.extras(
+            self._penalty, self._penalty_form, self._coeffs_choice, self.recorded_steps, balance, self._lora_form
+        )
         saved["param_groups"] = [{**group, **extra} for group in saved["param_groups"]]
         return saved
 
@@ -330,9 +345,8 @@ class AlrAdamW(Readings):
         """
         fingerprint = self._penalty.fingerprint if self._penalty else None
         state_dict = _state.after_pre_hooks(self, state_dict)
-        effective = {bound.params(self.param_groups)[0]: bound.geometry.shape for bound in self._space or ()}
-        form = (self._penalty_form, self._storage.master, effective)
-        _validate.state_dict(state_dict, self.param_groups, fingerprint, *form)
+        _validate.state_dict(state_dict, self.param_groups, fingerprint, self._penalty_form, self._storage.master)
+        _validate_lora.state_dict(state_dict, self.param_groups, list(self._space or ()), self._lora_form)
         saved_groups = state_dict["param_groups"]
         groups = list(map(_state.loaded_group, self.param_groups, saved_groups))
         coeffs = saved_groups[0].get("coeffs")
@@ -351,7 +365,8 @@ class AlrAdamW(Readings):
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
             saved, penalised = state_dict["state"].get(key, {}), slot.penalised
-            state = _state.loaded(param, saved, self._storage, penalised, self.record)
+            factor = slot.bound is not None
+            state = _state.loaded(param, saved, self._storage, penalised, self.record, factor)
             if penalised and param in anchors:  # a plain AdamW's state has none: keep ours
                 state.setdefault("anchor", anchors[param])
             if state:

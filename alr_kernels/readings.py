@@ -80,13 +80,16 @@ class Readings(Stepping):
         drift_sq        Σ (θ − θ*)² over parameters with importance
         ==============  ===================================================================
 
+        Of a LoRA pair ``penalty`` and ``drift_sq`` are those of U; gradients, pull and stiffness are those of the
+        factors, the pull as it acted: in proximal mode that on the second factor once the first had moved.
+
         Raises:
             RuntimeError: not constructed with ``stats=True``, or no step yet.
         """
         calls = [call for call in self._latest if call.statistics is not None]
         if not calls:
             _validate.stats_off()
-        by = self._penalty.coeffs.by if self._penalty else "block"
+        by = self._penalty.coeffs.by if self._penalty else "block" if self._space is None else "module"
         result: dict[str, dict[str, Tensor]] = {}
         for call in calls:
             for name, row in zip(call.names, call.statistics.unbind(), strict=True):

@@ -9,7 +9,7 @@ bf16 parameter has its ``remainder``. Anchor and start share one buffer while eq
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +37,9 @@ OPTIONS = ("lr", "betas", "eps", "weight_decay", "reg_lambda", "maximize")  # of
 TORCH_ONLY = frozenset({"amsgrad", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"})
 
 # Keys that state_dict() adds to each saved group: what a resumed run needs besides tensors.
-SAVED_KEYS = frozenset({"importance_fingerprint", "penalty_form", "coeffs", "coeffs_rule", "recorded_steps", "balance"})
+SAVED_KEYS = frozenset(
+    {"importance_fingerprint", "penalty_form", "coeffs", "coeffs_rule", "recorded_steps", "balance", "lora_form"}
+)
 
 
 @dataclass
@@ -140,7 +142,7 @@ def named_importance(
     shapes = {slot.name: param.shape for slot, param in members if slot.bound is None}
     if space is not None:
         _validate_lora.no_factors(entries, {slot.name: slot.bound.name for slot, _ in members if slot.bound})
-        shapes |= {bound.name: bound.geometry.shape for bound in space}
+        shapes = {bound.name: bound.geometry.shape for bound in space} | shapes
     given = {name: entries.encoded(name).shape for name in entries}
     _validate_importance.importance_fits(given, shapes, space is not None)
     return entries
@@ -255,7 +257,7 @@ def wide_moments(saved: Mapping[str, Any], device: torch.device) -> tuple[Tensor
 
 
 def loaded(
-    param: Tensor, saved: Mapping[str, Any], storage: Storage, has_importance: bool, record: bool
+    param: Tensor, saved: Mapping[str, Any], storage: Storage, has_importance: bool, record: bool, factor: bool = False
 ) -> dict[str, Any]:
     """Return a parameter's state from a saved one: own copies in our forms, on the parameter's device.
 
@@ -276,6 +278,8 @@ def loaded(
             state[key] = _in_layout_of(param, value, value.dtype, copy=True) if same else value.clone()
     if storage.is_split(param) and "remainder" in saved:
         state["remainder"] = _in_layout_of(param, saved["remainder"].to(param.device), torch.int16, copy=True)
+    if factor:  # of a LoRA pair: its anchor is small and stays exact
+        storage = replace(storage, anchor=None)
     kinds = {"anchor": storage.anchor_dtype(param)} if has_importance else {}
     kinds |= {"start": param.dtype, "path_integral": compute_dtype(param)} if record else {}
     for key, dtype in kinds.items():
@@ -304,8 +308,9 @@ def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str
 
 
 def extras(
-    penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int, balance: dict[str, Any] | None
-) -> dict[str, Any]:
+    penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int, balance: dict[str, Any] | None,
+    lora_form: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """Return what each saved group carries besides torch's keys: :data:`SAVED_KEYS`."""
     return {
         "importance_fingerprint": penalty.fingerprint if penalty else None,
@@ -314,6 +319,7 @@ def extras(
         "coeffs_rule": coeffs_choice if isinstance(coeffs_choice, str) else None,
         "recorded_steps": recorded_steps,
         "balance": balance,
+        "lora_form": lora_form,
     }
 
 

@@ -13,7 +13,7 @@ from . import _validate, _validate_importance
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
-from .lora.passing import FIRST, PLAIN, SECOND, Operand, Pass
+from .lora.passing import FIRST, PLAIN, SECOND, Latest, Operand, Pass, known_strength
 from .lora.space import Space
 from .step.call import Call, upload
 from .step.plan import Options
@@ -86,9 +86,7 @@ class Stepping(Optimizer):
         """Group what has a gradient by group, device and every format, checking every gradient first."""
         buckets: dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]] = {}
         for group_index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
-            strength = group["reg_lambda"]
-            known = not isinstance(strength, Tensor) or strength.device.type == "cpu"
-            reg_lambda = float(strength) if known else 1.0  # a device's λ is not read: 0 gives AdamW's bits anyway
+            reg_lambda = known_strength(group["reg_lambda"])
             penalising = reg_lambda > 0
             checked = self._curvature_checked.get(group_index) == (reg_lambda, self._version)
             for slot, param in zip(slots, group["params"], strict=True):
@@ -138,6 +136,7 @@ class Stepping(Optimizer):
     ) -> None:
         """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went."""
         pairs = Pass(self._space, self, shared) if self._space is not None else None
+        before = {tuple(latest.names): latest.statistics for latest in self._latest if isinstance(latest, Latest)}
         self._latest = []
         for wave in sorted({key[-1] for key in buckets}):
             operands = pairs.operands(wave) if pairs is not None and wave != PLAIN else None
@@ -145,7 +144,7 @@ class Stepping(Optimizer):
                 if key[-1] == wave:
                     self._latest.append(self._step_bucket(key, rows, shared, operands))
         if pairs is not None:
-            self._latest += pairs.finish()
+            self._latest += pairs.finish(before)
 
     def _step_bucket(
         self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any],

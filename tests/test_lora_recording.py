@@ -152,22 +152,6 @@ def test_exact_records_the_dense_gradient():
     torch.testing.assert_close(omega.double(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_zero_grad_forgets_what_exact_gathered():
-    omegas = []
-    for repeated in (False, True):
-        model = peft_model()
-        x, y = torch.ones(4, 20), torch.ones(4, 5)
-        pairs = lora_pairs(model, estimator="exact")
-        optimizer = AlrAdamW(model.named_parameters(), lora=pairs, record=True, lr=1e-2)
-        for _ in range(1 + repeated):
-            optimizer.zero_grad()
-            ((model(x) - y) ** 2).mean().backward()
-        optimizer.step()
-        omegas += [state[OMEGA] for state in optimizer.state.values() if OMEGA in state]
-    assert omegas[0].any()
-    assert torch.equal(*omegas)
-
-
 def gauges():
     generator = torch.Generator().manual_seed(5)
     scaled = {f"{c:g}·I": c * torch.eye(3, dtype=F64) for c in (0.1, 0.5, 3.0, 10.0)}

@@ -25,6 +25,7 @@ def twin(problem):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_has_the_same_bits(mode, dtype, tmp_path):
     options = {"mode": mode, "record": True, "importance_dtype": "int8", "state_dtype": "int8"}
+    options |= {"anchor_dtype": "bf16"}  # not that of factors
     options |= {"master": "split"} if dtype is torch.bfloat16 else {}
     problem = Problem(dtype)
     optimizer = problem.optimizer(**options)
@@ -153,3 +154,81 @@ def test_layers_are_modules_unless_said_otherwise():
     assert set(problem.optimizer(coeffs="uniform").coeffs) == {"layers.0.q", "layers.0.v", "layers.1.q", "(root)"}
     blocks = {"layers.0": 0.5, "layers.1": 0.3, "(root)": 0.2}
     assert dict(problem.optimizer(coeffs=blocks).coeffs) == blocks
+
+
+def test_paper_epochs_keep_the_anchor():
+    from alr_kernels.lora import paper
+
+    problem = Smooth(torch.float32)
+    pairs = lora_pairs([("layer.weight", problem.a, problem.b, 2.0)], preset="paper")
+    optimizer = AlrAdamW(problem.named(), lora=pairs, record=True, **paper.OPTIONS)
+    problem.step(optimizer)
+    optimizer.start_phase(paper.add_epoch(optimizer))
+    for _ in range(2):
+        problem.step(optimizer)
+    before = float(optimizer.penalty())
+    paper.add_epoch(optimizer)
+    assert float(optimizer.penalty()) == before > 0
+
+
+def test_what_is_no_factor_is_named_as_without_peft_however_it_comes():
+    model = peft_model(modules_to_save=["head"])
+    pairs = lora_pairs(model)
+    wanted = {"proj.weight", "head.weight", "head.bias"}
+    trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+    for params in (trained, [param for _, param in trained], [(f"odd.{name}", param) for name, param in trained]):
+        optimizer = AlrAdamW(params, lora=pairs, record=True)
+        for _, param in trained:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert set(optimizer.recorded_importance()) == wanted == set(pairs.importance_names)
+    factors = [row for row in trained if "lora_" in row[0]]
+    later = AlrAdamW(factors, lora=pairs, record=True)
+    later.add_param_group({"params": [row for row in trained if "lora_" not in row[0]]})
+    later.step()
+    assert set(later.recorded_importance()) == wanted
+
+
+def test_a_factor_that_is_not_finite_loses_its_own_importance_alone():
+    problem = Problem(torch.float32)
+    optimizer = problem.optimizer(record=True)
+    run(problem, optimizer, 1)
+    with torch.no_grad():
+        problem.pairs[0][1][0, 0] = torch.nan
+    run(problem, optimizer, 1, first=2)
+    with pytest.raises(ValueError, match="non-finite element"):
+        optimizer.recorded_importance()
+    stats = optimizer.recorded_importance(allow_nonfinite=True).stats
+    assert stats[NAMES[0]].nonfinite > 0
+    assert stats[NAMES[2]].nonfinite == 0  # of the same stack
+
+
+def test_a_skipped_step_leaves_its_statistics():
+    problem = Problem(torch.float32)
+    optimizer = problem.optimizer(stats=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    run(problem, optimizer, 1)
+    assert not any(value for row in optimizer.stats().values() for value in row.values())
+    optimizer.found_inf = torch.tensor(0.0)
+    run(problem, optimizer, 2)
+    before = optimizer.stats()
+    optimizer.found_inf = torch.tensor(1.0)
+    run(problem, optimizer, 1, first=3)
+    assert optimizer.stats() == before
+
+
+def test_lambda_as_a_tensor_may_be_zero():
+    problem, other = Problem(torch.float32), Problem(torch.float32)
+    run(problem, problem.optimizer(reg_lambda=torch.tensor(0.0), stats=True), 2)
+    run(other, torch.optim.AdamW(other.named(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1), 2)
+    for (_, param), (_, wanted) in zip(problem.named(), other.named(), strict=True):
+        torch.testing.assert_close(param, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_the_penalty_is_the_same_before_and_after_binding():
+    problem = Problem(torch.float32)
+    anchor = {name: torch.zeros_like(param) for name, param in problem.named()}
+    optimizer = problem.optimizer(anchor=anchor, importance_dtype="int4", lr=0.0)
+    before = float(optimizer.penalty())
+    run(problem, optimizer, 1)
+    assert float(optimizer.penalty()) == pytest.approx(before, rel=1e-6)

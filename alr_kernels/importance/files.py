@@ -261,7 +261,7 @@ class Scratch:
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
     """Return the head of the file and the places (begin, end) of its tensors."""
     newer = any(kept == "rank1" for kept, _ in layout.values())
-    kept = {key: value for key, value in about._asdict().items() if key != "method" and (key, value) != ("cut", None)}
+    kept = {key: value for key, value in about._asdict().items() if key not in ("method", "cut")}
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION if newer else OLDEST_VERSION),
@@ -271,6 +271,8 @@ def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, i
         "about": json.dumps(kept),
         "layout": json.dumps([[name, kept, list(shape)] for name, (kept, shape) in layout.items()]),
     }
+    if about.cut is not None:
+        metadata["cut"] = repr(about.cut)
     entries: dict[str, Any] = {"__metadata__": metadata}
     offsets, at = {}, 0
     for name, (dtype, shape) in _table(layout).items():
@@ -324,7 +326,8 @@ def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded],
                 scales = file.get_tensor(name + SCALES_SUFFIX) if kept in IN_TWO else None
                 entries[name] = Encoded(file.get_tensor(name), scales, kept)
             table, counts = (file.get_tensor(name).cpu() for name in (STATISTICS_NAME, HISTOGRAM_NAME))
-        about = About(metadata["method"], **json.loads(metadata["about"]))
+        cut = float(metadata["cut"]) if "cut" in metadata else None  # beside "about": older versions know no such key
+        about = About(metadata["method"], **json.loads(metadata["about"]), cut=cut)
         stats = {name: TensorStats.of_row(*pair) for name, *pair in zip(layout, table, counts, strict=True)}
     except ImportanceFileError:
         raise

@@ -32,10 +32,10 @@ class Recording(NamedTuple):
     steps: int
     method: str = "path_integral"
     cut: float | None = None
-    whole: bool = True  # all are finalised in one call; False: what has to be put together first is so one at a time
+    whole: bool = True  # finalise all in one call; False: one after the other, as each end is made when asked for
 
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
-        """Return the importance, everything in one call."""
+        """Return the importance."""
         about, formats = self._about(xi, relative), self._formats(dtype)
         numbers = range(len(self.names))
         entries: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,26 @@ class _Tap(torch.autograd.Function):
         return grad, None, None
 
 
+_ACTIVE: WeakKeyDictionary[nn.Module, Gatherer] = WeakKeyDictionary()  # by lora_A
+
+
+def close_earlier(modules: tuple[nn.Module, ...]) -> None:
+    """Close what an earlier call hung on these modules: its optimizer is gone, or gathers with the new one."""
+    for module in modules:
+        if (earlier := _ACTIVE.pop(module, None)) is not None:
+            earlier.close()
+
+
 class Gatherer:
     """Gathers G = δᵀ·x of one pair over every backward pass, from its modules ``lora_A`` and ``lora_B``.
 
     ``x`` [..., in] is what ``lora_A`` is given, after dropout, and s·δ [..., out] the gradient of what ``lora_B``
-    returns. G is [out, in], transposed where the weight is, float32 (float64 for such factors); with a loss scale it
-    is scaled as ``p.grad`` is.
+    returns. G is [out, in], transposed where the weight is, float32 (float64 for such factors); it is scaled as
+    ``p.grad`` is right after backward: what is done to that later, the optimizer infers.
     """
 
     def __init__(self, lora_a: nn.Module, lora_b: nn.Module, scaling: float, transposed: bool) -> None:
+        _ACTIVE[lora_a] = self
         self._scaling, self._transposed = scaling, transposed
         self._input: Tensor | None = None
         self._gradient: Tensor | None = None

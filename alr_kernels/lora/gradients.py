@@ -15,10 +15,11 @@ CUT = 1e-8  # eigenvalues of a Gram matrix below this part of the largest one co
 
 def inverse_roots(grams: Tensor, cut: float = CUT) -> Tensor:
     """Return V·Λ^(−½) of FᵀF = VΛVᵀ [..., r, r], with which F is orthonormal; dropped directions: zeros."""
-    values, vectors = torch.linalg.eigh(grams)
+    finite = torch.isfinite(grams).all(-1).all(-1)[..., None, None]  # eigh would refuse all for one
+    values, vectors = torch.linalg.eigh(torch.where(finite, grams, 0.0))
     kept = values > cut * values.amax(-1, keepdim=True)
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    return vectors * root.unsqueeze(-2)
+    return torch.where(finite, vectors * root.unsqueeze(-2), torch.nan)
 
 
 def _gram(factor: Tensor) -> Tensor:
@@ -29,8 +30,8 @@ def _gram(factor: Tensor) -> Tensor:
 def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, scaling: float) -> Product:
     """Return Ĝ = P_B·G + G·P_A − P_B·G·P_A, the part of G = dL/dU that rank-r moves can see; gauge-free.
 
-    From dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G, with orthonormal bases Q of B's columns and A's rows:
-    X = Q_Bᵀ·G, Y = G·Q_A, Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient is frozen: its part is not.
+    From dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G, with orthonormal bases Q of B's columns and A's rows: X = Q_Bᵀ·G, Y = G·Q_A,
+    Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient does not move: its part is left out.
     """
     left, right = factors
     dtype = torch.promote_types(left.dtype, torch.float32)

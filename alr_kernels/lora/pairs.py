@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _validate, _validate_lora
 from ..names import unwrap
-from .exact import Gatherer
+from .exact import Gatherer, close_earlier
 from .reference import Product
 
 ESTIMATORS = ("tangent", "factored", "exact")
@@ -91,6 +91,13 @@ class LoraPair:
             self.gatherer.take()
 
 
+class Known(NamedTuple):
+    """What else a model has, by identity: parameters may reach the optimizer under other names, or none."""
+
+    names: Mapping[int, str]  # id of a trainable tensor that is no factor → name in importance
+    factors: frozenset[int]  # ids of all factors, those of pairs that were not asked for included
+
+
 class LoraPairs(Sequence[LoraPair]):
     """The pairs of a model, and how their importance is recorded. Made by :func:`lora_pairs`.
 
@@ -104,7 +111,7 @@ class LoraPairs(Sequence[LoraPair]):
 
     def __init__(
         self, pairs: Iterable[LoraPair], names: Mapping[str, str] | None = None, *,
-        estimator: str = "tangent", clamp: str = "end", origin: str = "start",
+        estimator: str = "tangent", clamp: str = "end", origin: str = "start", known: Known | None = None,
     ) -> None:  # fmt: skip
         for option, value, allowed in (
             ("estimator", estimator, ESTIMATORS), ("clamp", clamp, CLAMPS), ("origin", origin, ORIGINS),
@@ -112,6 +119,7 @@ class LoraPairs(Sequence[LoraPair]):
             _validate.choice(option, value, allowed)
         self._pairs = tuple(pairs)
         self.names = dict(names or {})
+        self.known = known or Known({}, frozenset())
         self.estimator, self.clamp, self.origin = estimator, clamp, origin
         _validate_lora.distinct_names([*(pair.name for pair in self._pairs), *self.names.values()])
         _validate_lora.factors_used_once(
@@ -134,6 +142,11 @@ class LoraPairs(Sequence[LoraPair]):
     def __repr__(self) -> str:
         options = ", ".join(f"{option}={getattr(self, option)!r}" for option in ("estimator", "clamp", "origin"))
         return f"LoraPairs({len(self)} pairs, {len(self.names)} other tensors, {options})"
+
+    @property
+    def importance_names(self) -> list[str]:
+        """Names of all that an importance of this model may have: ``importance.select(pairs.importance_names)``."""
+        return [*(pair.name for pair in self._pairs), *self.names.values()]
 
     def close(self) -> None:
         """Remove the hooks of ``estimator="exact"``; harmless otherwise."""
@@ -186,13 +199,19 @@ def lora_pairs(
     if estimator == "exact":
         _validate_lora.exact_alone()
     names: dict[str, str] = {}
+    known = None
     if isinstance(model_or_tuples, nn.Module):
-        found, names = _of_model(model_or_tuples, adapter)
+        found, names, known = _of_model(model_or_tuples, adapter)
     else:
         _validate_lora.source(model_or_tuples)
         _validate_lora.adapters_of_tuples(adapter)
         found = _of_tuples(model_or_tuples)
-    pairs = LoraPairs((item.pair for item in found), names, estimator=options[0], clamp=options[1], origin=options[2])
+    estimator_name, clamp, origin = options
+    pairs = LoraPairs(
+        (item.pair for item in found), names, estimator=estimator_name, clamp=clamp, origin=origin, known=known
+    )
+    for _, modules, _ in found:
+        close_earlier(modules)
     if estimator == "exact":
         for pair, _, reason in found:
             _validate_lora.exact(pair.name, reason)
@@ -272,7 +291,7 @@ def _configs(module: nn.Module) -> list[Any]:
     return list(configs.values()) if isinstance(configs, dict) else []
 
 
-def _of_model(model: nn.Module, adapter: str | Sequence[str] | None) -> tuple[list[_Found], dict[str, str]]:
+def _of_model(model: nn.Module, adapter: str | Sequence[str] | None) -> tuple[list[_Found], dict[str, str], Known]:
     layers = _layers(model)
     known = {name for module in layers.values() for name in _known_adapters(module)}
     requested = _validate_lora.adapters(adapter, known) if adapter is not None else None
@@ -290,8 +309,9 @@ def _of_model(model: nn.Module, adapter: str | Sequence[str] | None) -> tuple[li
         _validate_lora.nothing_trainable(f"adapter(s) {_validate.listed(requested or active)}")
     _validate_lora.weights_used_once((path, getattr(base, "weight", None)) for path, base in weights)
     factors = {id(_factor(m, name, letter)) for m in layers.values() for name in _known_adapters(m) for letter in "AB"}
-    trained = [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in factors]
-    return found, _artifact_names(trained, bare)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    names = _artifact_names((name for name, param in trained.items() if id(param) not in factors), bare)
+    return found, names, Known({id(trained[name]): kept for name, kept in names.items()}, frozenset(factors))
 
 
 def _of_layer(path: str, module: Any, adapter: str, name: str) -> _Found:

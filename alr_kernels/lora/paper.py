@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .. import _validate_lora
 from ..coefficients import LayerCoefficients, layer_coefficients
 from ..importance import Importance
 from ..optim import AlrAdamW
@@ -48,13 +49,17 @@ def add_epoch(optimizer: AlrAdamW, total: Importance | None = None, xi: float = 
         total: what the call after the epoch before returned; None after the first.
         xi: ξ.
 
+    What is trained besides pairs (``modules_to_save``) is recorded as ever: not clamped, by its move.
+
     Raises:
-        RuntimeError: nothing was recorded since the last call.
+        ValueError: the optimizer does not record as the preset says. RuntimeError: nothing was recorded since the last
+            call.
 
     Source: the published code's ``calculate_importance``.
     """
+    _validate_lora.paper_optimizer(optimizer._lora_form)
     epoch = optimizer.recorded_importance(xi)
-    optimizer.start_phase()
+    optimizer.restart_recording()
     return epoch if total is None else total.merged(epoch)
 
 

@@ -8,7 +8,7 @@ right moves first, then the one on the left, for whose pull U is formed anew.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,13 +18,14 @@ from .. import state as _state
 from .gradients import factored, tangent
 from .penalty import Pull
 from .reference import Product, move
-from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of
+from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of, kept_importance
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..stepping import Stepping
 
+MOST_APART = 0.1  # of a gradient in bf16 from what its dense one implies; 0.01 is usual
 PLAIN, FIRST, SECOND = range(3)  # waves of calls: everything else, right factors (coupled: both), left factors
 
 
@@ -34,6 +35,11 @@ class Operand(NamedTuple):
     grad: Tensor | None
     importance: Tensor | None = None
     anchor: Tensor | None = None
+
+
+def known_strength(reg_lambda: float | Tensor) -> float:
+    """Return λ where the host knows it, else 1: a device's λ is not read, and with 0 the step is AdamW's anyway."""
+    return 1.0 if isinstance(reg_lambda, torch.Tensor) and reg_lambda.device.type != "cpu" else float(reg_lambda)
 
 
 class Numbers(NamedTuple):
@@ -158,7 +164,7 @@ class Pass:
         self.backend = optimizer.backend
         groups: dict[Any, list[Bound]] = {}
         strengths = [group["reg_lambda"] for group in optimizer.param_groups]
-        off = [not isinstance(strength, torch.Tensor) and float(strength) == 0 for strength in strengths]
+        off = [known_strength(strength) == 0 for strength in strengths]
         for bound in space:
             up, down = bound.params(optimizer.param_groups)
             sides = (up.grad is not None, down.grad is not None)
@@ -188,11 +194,15 @@ class Pass:
             stack.gradient = [*unstacked(factored(before, left, right, stack.scaling, stack.group["lr"]))]
 
     def _exact(self, bound: Bound) -> Tensor:
-        gatherer = self.space.gatherers[self.space.bounds.index(bound)]
+        gatherer = self.space.gatherers[bound.name]
         dense = gatherer.take() if gatherer is not None else None
+        params = bound.params(self.optimizer.param_groups)
+        up = params[0]
         if dense is None:
-            _validate_lora.nothing_gathered(bound.name)
-        up = bound.params(self.optimizer.param_groups)[0]
+            if any(param.grad is not None and bool(param.grad.any()) for param in params):
+                _validate_lora.nothing_gathered(bound.name)
+            return torch.zeros(bound.geometry.matrix_shape, dtype=_state.compute_dtype(up), device=up.device)
+        dense = dense * share_of(dense, bound, params)
         group = self.optimizer.param_groups[bound.group]
         scale = -self.numbers.inverse if group["maximize"] else self.numbers.inverse
         dense = dense * (scale.to(dense) if isinstance(scale, torch.Tensor) else scale)
@@ -243,8 +253,8 @@ class Pass:
         anchors, curvatures = (stack.as_kept(*((x, None) if left else (None, x))) for x in (anchor, curvature))
         found |= {param: Operand(param.grad, k, anchors[param]) for param, k in curvatures.items()}
 
-    def finish(self) -> list[Latest]:
-        """Record what the step did, and return its statistics."""
+    def finish(self, before: Mapping[tuple[str, ...], Tensor]) -> list[Latest]:
+        """Record what the step did, and return its statistics; ``before``: those that stay where it was skipped."""
         if self.optimizer.record:
             for stack in self.stacks:
                 moves = unstacked(move(stack.first(), stack.factors(), stack.scaling))
@@ -253,11 +263,41 @@ class Pass:
                 _ops_lora.lora_record_(omegas, stack.gradient, moves, self.space.clamp, self.backend)
         if not self.optimizer.gathers:
             return []
-        found = [Latest([b.name for b in s.bounds], statistics(s)) for s in self.stacks if s.penalised]
-        for latest in found if self.optimizer._balance is not None else ():
-            inf = self.numbers.found_inf
-            self.optimizer._balance.observe(*latest, inf if isinstance(inf, torch.Tensor) else None)  # type: ignore[union-attr]
+        inf = self.numbers.found_inf if isinstance(self.numbers.found_inf, torch.Tensor) else None
+        found = []
+        for stack in self.stacks:
+            if not stack.pulls:
+                continue
+            names, rows = [bound.name for bound in stack.bounds], statistics(stack)
+            if inf is not None:
+                rows = torch.where(inf.to(rows.device) != 0, before.get(tuple(names), torch.zeros_like(rows)), rows)
+            found.append(Latest(names, rows))
+            if self.optimizer._balance is not None:
+                self.optimizer._balance.observe(names, rows, inf)
         return found
+
+
+def share_of(dense: Tensor, bound: Bound, params: Sequence[Tensor]) -> Tensor:
+    """Return c, where the factors' gradients are c · (s·G·Aᵀ, s·Bᵀ·G), which G implies: what was done to ``p.grad``.
+
+    Unscaling and clipping from outside are such a factor. Anything else, as a backward pass whose gradients were thrown
+    away without ``optimizer.zero_grad()``, is refused. Waits for the device.
+    """
+    left, right = factors_of(bound, params)
+    pairs = zip(
+        bound.geometry.factors(*(param.grad for param in params)), (dense @ right.mT, left.mT @ dense), strict=True
+    )
+    rows = [
+        (grad.double().flatten(), side.double().flatten() * bound.geometry.scaling)
+        for grad, side in pairs
+        if grad is not None
+    ]
+    got, implied = (torch.cat(column) for column in zip(*rows, strict=True))
+    c = (got @ implied) / (implied @ implied)
+    apart = float((got - c * implied).norm() / got.norm())
+    if apart > MOST_APART:
+        _validate_lora.another_gradient(bound.name, apart)
+    return torch.where(torch.isfinite(c), c, 1.0).to(dense)
 
 
 class Latest(NamedTuple):
@@ -310,7 +350,7 @@ def value_of(bound: Bound, optimizer: Any, scale: float | Tensor) -> Tensor:
         ]
     now, scaling = factors_of(bound, weights), bound.geometry.scaling
     drift = move(factors_of(bound, anchors), now, scaling)
-    importance = as_matrix(bound.importance.to(params[0].device), bound.geometry)  # type: ignore[union-attr]
+    importance = as_matrix(kept_importance(bound, params[0], optimizer._storage), bound.geometry)
     scales = torch.as_tensor(scale, dtype=torch.float64, device=params[0].device).reshape(1)
     scaled = Product(now.left * scaling, now.right * scaling)
-    return _ops_lora.lora_pull([importance], scales, [drift], [scaled], "none")[0].value
+    return _ops_lora.lora_pull([importance], scales, [drift], [scaled], "none", backend=optimizer.backend)[0].value

@@ -18,7 +18,7 @@ from .. import state as _state
 from ..codecs.encoded import Encoded
 from ..codecs.storage import CODES, DTYPES, Storage, fitting
 from ..names import unwrap
-from .pairs import LoraPairs
+from .pairs import Known, LoraPairs
 from .reference import Product, move
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Space:
 
     def __init__(self, pairs: LoraPairs, groups: Sequence[Mapping[str, Any]], slots: Sequence[Sequence[_state.Slot]]):
         self.estimator, self.clamp, self.origin = pairs.estimator, pairs.clamp == "step", pairs.origin
-        self.gatherers = [pair.gatherer for pair in pairs]
+        self.gatherers = {pair.name: pair.gatherer for pair in pairs}
         self._scales: dict[Any, Tensor] = {}
         places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
         self.bounds: list[Bound] = []
@@ -80,12 +80,25 @@ class Space:
             for position, left in ((bound.up, True), (bound.down, False)):
                 slot = slots[bound.group][position]
                 slot.bound, slot.left = bound, left is not bound.geometry.transposed
-        names = {unwrap(name): known for name, known in pairs.names.items()}
-        for slot in (slot for members in slots for slot in members):
-            slot.name = names.get(slot.name, slot.name)
+        self._names, self._known = {unwrap(name): kept for name, kept in pairs.names.items()}, pairs.known
+        for group, members in zip(groups, slots, strict=True):
+            self.rename(members, group["params"])
 
     def __iter__(self) -> Iterator[Bound]:
         return iter(self.bounds)
+
+    def rename(self, slots: Sequence[_state.Slot], params: Sequence[Tensor]) -> None:
+        """Call parameters that are no factors as their importance is; refuse factors of pairs that are not here."""
+        for slot, param in zip(slots, params, strict=True):
+            if slot.bound is None and param.requires_grad and id(param) in self._known.factors:
+                _validate_lora.uncovered_factor(slot.name)
+        for slot, param in zip(slots, params, strict=True):
+            slot.name = self._known.names.get(id(param)) or self._names.get(slot.name, slot.name)
+
+    @property
+    def form(self) -> str:
+        """How ω is recorded: what a resumed run must repeat."""
+        return f"estimator={self.estimator!r}, clamp={self.clamp}, origin={self.origin!r}"
 
     def describe(self) -> str:
         """Say what the pairs are and how their importance is recorded."""
@@ -125,9 +138,12 @@ class Space:
 
     def drop_gradients(self) -> None:
         """Forget the dense gradients that ``exact`` gathered."""
-        for gatherer in self.gatherers:
+        for gatherer in self.gatherers.values():
             if gatherer is not None:
                 gatherer.take()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": Known({}, frozenset())}  # ids mean nothing to a copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.estimator == "exact":
