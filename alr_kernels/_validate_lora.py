@@ -313,8 +313,8 @@ def state_dict(
 def uncovered_factor(name: str) -> NoReturn:
     raise ValueError(
         f"parameter {name!r} is a trainable factor of a LoRA adapter whose pairs this optimizer does not have: it "
-        "would be recorded and penalised by itself. Freeze it, or build the optimizer with lora_pairs of all adapters that "
-        "train."
+        "would be recorded and penalised by itself. Freeze it, or build the optimizer with lora_pairs of all adapters "
+        "that train."
     )
 
 
