@@ -6,15 +6,10 @@ a process with TRITON_INTERPRET=1; what lies in ``TestInterpreted`` runs there.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import F32, F64
+from interpreted import Launches, check_missing_triton, run_interpreted
 from lora_cases import CODED, FORMATS, SHAPES, case, check_pull, check_record, dense
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -28,7 +23,6 @@ from alr_kernels.lora.penalty import SIDES  # noqa: E402
 from alr_kernels.lora.reference import Product  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-ROOT = Path(__file__).parent.parent
 # Several tiles in both directions, aligned rows that end within a tile, ranks of two and four blocks.
 FEW = [(65, 129, 8), (130, 128, 5), (70, 144, 16), (3, 48, 40)]
 GUARDED = [(65, 129, 8), (70, 144, 16), (65, 128, 8)]  # inner sizes of whole blocks: nothing is copied
@@ -66,38 +60,14 @@ def inside(c, kept):
     )  # fmt: skip
 
 
-class Launches:
-    """Stands in for a kernel and keeps the grids it was launched with."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
 @pytest.mark.slow
 def test_triton_through_interpreter():
     """Run TestInterpreted in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib"]
-    command += ["-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert passed, f"no test ran:\n{result.stdout}"
+    run_interpreted(__file__)
 
 
 def test_missing_triton_is_explained():
-    script = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from alr_kernels.lora import triton_kernel\n"
-        "for device in ('cpu', 'cuda', 'xpu'): print(triton_kernel.unavailable_reason(device))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Triton cannot be imported") == 3, result.stdout
+    check_missing_triton("lora", "unavailable_reason")
 
 
 def test_unavailable_devices_are_explained():

@@ -7,12 +7,6 @@ a process with TRITON_INTERPRET=1; what lies in ``TestInterpreted`` runs there.
 # ruff: noqa: N803
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from cases import (
@@ -31,6 +25,7 @@ from cases import (
     numbers_of,
     same_bits,
 )
+from interpreted import Launches, check_missing_triton, run_interpreted
 from test_step_formats import PAIRWISE, name_of
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -41,7 +36,6 @@ from alr_kernels.step import plan, reference, tables, triton_kernel  # noqa: E40
 from alr_kernels.step import triton_math as f  # noqa: E402
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-ROOT = Path(__file__).parent.parent
 
 # Nothing, less than a tail's 128, whole tiles alone, odd dimensions, and tiles with a tail; in blocks, the same.
 SHAPES = ((0,), (17,), (1024,), (3, 5, 7), (1300,))
@@ -81,38 +75,14 @@ def moved(tensor):
     return storage.narrow(0, GUARD + 1, tensor.numel()).view(tensor.shape).copy_(tensor)
 
 
-class Launches:
-    """Stands in for a kernel and keeps the grids it was launched with."""
-
-    def __init__(self, kernel):
-        self.kernel, self.grids = kernel, []
-
-    def __getitem__(self, grid):
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
 @pytest.mark.slow
 def test_triton_through_interpreter():
     """Run TestInterpreted in a process of its own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib"]
-    command += ["-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert passed, f"no test ran:\n{result.stdout}"
+    run_interpreted(__file__)
 
 
 def test_missing_triton_is_explained():
-    script = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from alr_kernels.step import triton_kernel\n"
-        "for device in ('cpu', 'cuda', 'xpu'): print(triton_kernel.available(device))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("(False, 'Triton cannot be imported") == 3, result.stdout
+    check_missing_triton("step", "available")
 
 
 def test_unavailable_devices_are_explained():

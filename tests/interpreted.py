@@ -1,0 +1,44 @@
+"""Triton without a GPU: tests in a process whose kernels run through the interpreter, or that has no Triton at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Launches:
+    """Stands in for a kernel and keeps the grids it was launched with."""
+
+    def __init__(self, kernel):
+        self.kernel, self.grids = kernel, []
+
+    def __getitem__(self, grid):
+        self.grids.append(grid)
+        return self.kernel[grid]
+
+
+def run_interpreted(file):
+    """Run a file's tests in a process of its own: the variable must be set before a kernel's module is imported."""
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", file]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.search(r"(\d+) passed", result.stdout), f"no test ran:\n{result.stdout}"
+
+
+def check_missing_triton(module, question):
+    """See that ``question`` of ``triton_kernel`` of ``module`` is answered for every device where Triton is missing."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        f"from alr_kernels.{module} import triton_kernel\n"
+        f"for device in ('cpu', 'cuda', 'xpu'): print(triton_kernel.{question}(device))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Triton cannot be imported") == 3, result.stdout
