@@ -128,7 +128,6 @@ def test_sizes_of_the_model():
 
 
 def test_training_step_of_a_small_model():
-    pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
@@ -140,7 +139,6 @@ def test_training_step_of_a_small_model():
 
 
 def test_training_step_falls_back_to_checkpointing(monkeypatch):
-    pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2

@@ -161,34 +161,56 @@ def _row(name: str, times: Sequence[Sample], plain: Sequence[Sample]) -> dict[st
 
 
 def published_training_step(device: str) -> dict[str, Any]:
-    """Time forward and backward of the model with random weights and PEFT's LoRA; see :func:`training_step`."""
+    """Time forward and backward of the model with random weights and LoRA; see :func:`training_step`."""
     try:
         from .claim import config_of
 
         return training_step(config_of(MODEL), device)
     except ImportError as missing:
-        return {"skipped": f'{missing.name} is not installed: pip install "alr-kernels[test]"'}
+        return {"skipped": f'{missing.name} is not installed: pip install "alr-kernels[demo]"'}
+
+
+class Adapted(torch.nn.Module):
+    """A frozen linear layer with LoRA beside it: what PEFT computes, without needing it where there is no pip."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.down = torch.nn.Linear(base.in_features, RANK, **like)
+        self.up = torch.nn.Linear(RANK, base.out_features, **like)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x)) * SCALING
+
+
+def adapt(model: torch.nn.Module) -> None:
+    """Freeze a model and put LoRA beside its target modules."""
+    model.requires_grad_(False)
+    for path, module in list(model.named_modules()):
+        parent, _, name = path.rpartition(".")
+        if name in TARGETS:
+            setattr(model.get_submodule(parent), name, Adapted(module))
 
 
 def training_step(config: Any, device: str, *, batch: int = BATCH, length: int = LENGTH) -> dict[str, Any]:
     """Time one step, forward and backward, in bf16; with activation checkpointing where it does not fit without."""
-    import peft
     import transformers
 
     with torch.device(device):
-        base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    options = peft.LoraConfig(r=RANK, lora_alpha=RANK * SCALING, target_modules=list(TARGETS))
-    model = peft.get_peft_model(base, options).train()
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).train()
+    parameters = sum(param.numel() for param in model.parameters())
+    adapt(model)
     ids = torch.randint(config.vocab_size, (batch, length), device=device)
 
     def step() -> None:
         model.zero_grad()
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
-    facts = {"batch": batch, "length": length, "parameters": sum(param.numel() for param in base.parameters())}
+    facts = {"batch": batch, "length": length, "parameters": parameters}
     for checkpointing in (False, True):
         if checkpointing:
-            _checkpoint(base, model)
+            _checkpoint(model)
         seconds = _seconds(step, device)
         if seconds is not None:
             return {**facts, "checkpointing": checkpointing, "seconds": seconds}
@@ -206,8 +228,8 @@ def _seconds(step: Step, device: str) -> float | None:
         return None
 
 
-def _checkpoint(base: Any, model: Any) -> None:
-    getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)()  # the new name, or the old
+def _checkpoint(model: Any) -> None:
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # the new name, or the old
     model.enable_input_require_grads()
 
 
