@@ -156,18 +156,23 @@ class AlrAdamW(Readings):
         if master != "none":
             _validate.master(param for _, _, param in self._members())
         if lora is not None:
-            self._space = Space(
-                lora if isinstance(lora, LoraPairs) else lora_pairs(lora), self.param_groups, self._slots
-            )
-            _validate_lora.recording(self._space.estimator, record, capturable)
+            self._take_pairs(lora)
         if importance is None and not record and (importance_dtype is not None or anchor_dtype is not None):
             _validate_importance.needs_importance("anchor_dtype" if anchor_dtype is not None else "importance_dtype")
         self._use(importance, coeffs)
         if anchor is not None:
-            if self._penalty is None:
-                _validate_importance.needs_importance("anchor")
-            wanted = {slot.name: param for _, slot, param in self._members() if slot.penalised}
-            self._anchor = _state.named_anchor(anchor, wanted)
+            self._take_anchor(anchor)
+
+    def _take_pairs(self, lora: LoraPairs | Iterable[tuple[str, Tensor, Tensor, float]]) -> None:
+        pairs = lora if isinstance(lora, LoraPairs) else lora_pairs(lora)
+        _validate_lora.recording(pairs.estimator, self.record, self.capturable)
+        self._space = Space(pairs, self.param_groups, self._slots)
+
+    def _take_anchor(self, anchor: Mapping[str, Tensor]) -> None:
+        if self._penalty is None:
+            _validate_importance.needs_importance("anchor")
+        wanted = {slot.name: param for _, slot, param in self._members() if slot.penalised}
+        self._anchor = _state.named_anchor(anchor, wanted)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its parameters take the plain step until :meth:`start_phase` brings importance for them."""

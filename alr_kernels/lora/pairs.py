@@ -189,15 +189,7 @@ def lora_pairs(
     >>> pairs[0].name, pairs[0].shape, pairs[0].rank
     ('layers.0.weight', torch.Size([4, 8]), 2)
     """
-    _validate.choice("estimator", estimator, ESTIMATORS)
-    _validate.choice("preset", preset, (*PRESETS, None))  # type: ignore[arg-type]
-    options: tuple[str, str, str] = (estimator, "end", "start")
-    if preset is not None:
-        if estimator == "exact":
-            _validate_lora.preset_and_exact(preset)
-        options = PRESETS[preset]
-    if estimator == "exact":
-        _validate_lora.exact_alone()
+    estimator_name, clamp, origin = _options(estimator, preset)
     names: dict[str, str] = {}
     known = None
     if isinstance(model_or_tuples, nn.Module):
@@ -206,7 +198,6 @@ def lora_pairs(
         _validate_lora.source(model_or_tuples)
         _validate_lora.adapters_of_tuples(adapter)
         found = _of_tuples(model_or_tuples)
-    estimator_name, clamp, origin = options
     pairs = LoraPairs(
         (item.pair for item in found), names, estimator=estimator_name, clamp=clamp, origin=origin, known=known
     )
@@ -218,6 +209,17 @@ def lora_pairs(
         for pair, modules, _ in found:  # after all checks: a refusal leaves no hook
             pair.gatherer = Gatherer(modules[0], modules[1], pair.scaling, pair.transposed)
     return pairs
+
+
+def _options(estimator: str, preset: str | None) -> tuple[str, str, str]:
+    """Return estimator, clamp and origin."""
+    _validate.choice("estimator", estimator, ESTIMATORS)
+    _validate.choice("preset", preset, (*PRESETS, None))  # type: ignore[arg-type]
+    if estimator == "exact":
+        if preset is not None:
+            _validate_lora.preset_and_exact(preset)
+        _validate_lora.exact_alone()
+    return (estimator, "end", "start") if preset is None else PRESETS[preset]
 
 
 class _Found(NamedTuple):
