@@ -36,7 +36,7 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(repr(name) for name in ordered[:limit]) + tail
 
 
-def choice(option: str, value: object, allowed: Sequence[str]) -> None:
+def choice(option: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise ValueError(f"{option}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
@@ -148,26 +148,30 @@ def parameter(name: str, param: Tensor) -> None:
         raise TypeError(f"parameter {name!r}: expected a strided tensor, got layout {param.layout}.")
 
 
+def twice(keyed: Iterable[tuple[str, Any]]) -> tuple[str, str] | None:
+    """Return the first two of (name, key) that have the same key, the earlier one's name first."""
+    seen: dict[Any, str] = {}
+    for name, key in keyed:
+        if key in seen:
+            return seen[key], name
+        seen[key] = name
+    return None
+
+
 def no_duplicates(named: Iterable[tuple[str, Tensor]]) -> None:
     """Refuse a tensor that is listed twice (tied weights are stepped once)."""
-    seen: dict[int, str] = {}
-    for name, param in named:
-        other = seen.setdefault(id(param), name)
-        if other != name:
-            raise ValueError(
-                f"parameter {name!r} is the same tensor as {other!r} (tied weights) and would be stepped twice; "
-                "pass each tensor once, as model.named_parameters() does by default."
-            )
+    if found := twice((name, id(param)) for name, param in named):
+        raise ValueError(
+            f"parameter {found[1]!r} is the same tensor as {found[0]!r} (tied weights) and would be stepped twice; "
+            "pass each tensor once, as model.named_parameters() does by default."
+        )
 
 
 def distinct_names(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(
-                f"two parameters are called {name!r} once the components that wrappers add are stripped; rename one."
-            )
-        seen.add(name)
+    if found := twice((name, name) for name in names):
+        raise ValueError(
+            f"two parameters are called {found[0]!r} once the components that wrappers add are stripped; rename one."
+        )
 
 
 def gradient(name: str, param: Tensor, grad: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ._validate import FLOAT_DTYPES, listed
+from ._validate import FLOAT_DTYPES, listed, twice
 
 # Classes of PEFT's LoRA layers whose forward pass is base(x) + s·B(A(dropout(x))).
 LINEAR = frozenset(
@@ -191,37 +191,28 @@ def _identity(tensor: Tensor) -> Any:
 
 
 def factors_used_once(factors_by_name: Iterable[tuple[str, Tensor]]) -> None:
-    seen: dict[Any, str] = {}
-    for name, factor in factors_by_name:
-        other = seen.setdefault(_identity(factor), name)
-        if other != name:
-            raise ValueError(
-                f"lora_pairs: {name} and {other} are the same memory (tied adapters) and would be stepped twice; give "
-                "each pair its own, or target one of the modules only."
-            )
+    if found := twice((name, _identity(factor)) for name, factor in factors_by_name):
+        raise ValueError(
+            f"lora_pairs: {found[1]} and {found[0]} are the same memory (tied adapters) and would be stepped twice; "
+            "give each pair its own, or target one of the modules only."
+        )
 
 
 def weights_used_once(weights: Iterable[tuple[str, Any]]) -> None:
     """Refuse two modules that adapt one base weight: each pair would be U of a part of it."""
-    seen: dict[int, str] = {}
-    for path, weight in weights:
-        other = seen.setdefault(id(weight), path) if weight is not None else path
-        if other != path:
-            raise ValueError(
-                f"lora_pairs: modules {other!r} and {path!r} share one base weight (tied weights) and adapt it apart; "
-                "target one of them only."
-            )
+    if found := twice((path, id(weight)) for path, weight in weights if weight is not None):
+        raise ValueError(
+            f"lora_pairs: modules {found[0]!r} and {found[1]!r} share one base weight (tied weights) and adapt it "
+            "apart; target one of them only."
+        )
 
 
 def distinct_names(names: Iterable[str]) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(
-                f"lora_pairs: two of the pairs and other trainable tensors are called {name!r} in importance; rename "
-                "one, or freeze the base weight of an adapted module."
-            )
-        seen.add(name)
+    if found := twice((name, name) for name in names):
+        raise ValueError(
+            f"lora_pairs: two of the pairs and other trainable tensors are called {found[0]!r} in importance; rename "
+            "one, or freeze the base weight of an adapted module."
+        )
 
 
 def preset_and_exact(preset: str) -> NoReturn:
@@ -252,20 +243,19 @@ def exact_alone() -> None:
 
 def members(pair: Any, places: Mapping[int, tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return (group, position) of B and A, once both are the optimizer's and in one group."""
-    found = [places.get(id(factor)) for factor in (pair.up, pair.down)]
-    missing = [letter for letter, place in zip("BA", found, strict=True) if place is None]
-    if missing:
+    up, down = places.get(id(pair.up)), places.get(id(pair.down))
+    if up is None or down is None:
+        missing = [letter for letter, place in (("B", up), ("A", down)) if place is None]
         raise ValueError(
             f"lora: {' and '.join(missing)} of {pair.name!r} is not among the optimizer's parameters; pass both "
             "factors of every pair (model.named_parameters() has them), a frozen one too."
         )
-    up, down = found
-    if up[0] != down[0]:  # type: ignore[index]
+    if up[0] != down[0]:
         raise ValueError(
-            f"lora: B of {pair.name!r} is in param group {up[0]}, A in group {down[0]}; put both factors of a pair "  # type: ignore[index]
+            f"lora: B of {pair.name!r} is in param group {up[0]}, A in group {down[0]}; put both factors of a pair "
             "into one group: the penalty on U = s·B·A has one λ and one learning rate."
         )
-    return up, down  # type: ignore[return-value]
+    return up, down
 
 
 def no_factors(entries: Iterable[str], factors: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ SHAPES = (
 )  # two share a stack; rows of whole blocks, ≥ 4096 in the second only
 SCALINGS = (2.0, 0.5, 2.0)
 ALPHAS = dict(zip(("layers.0.q", "layers.0.v", "layers.1.q"), (0.5, 0.2, 0.3), strict=True))
-KEPT = {"fp32": 0.0, "bf16": 4e-3, "int8": 2e-2, "int4": 0.3}
+KEPT = ("fp32", "bf16", "int8", "int4")
 
 
 class Problem:
@@ -201,7 +201,8 @@ def test_the_step_rests_where_the_papers_loss_is_stationary(mode_and_lambda):
     """Slope g in U, curvature k: U − U* = −g/k, whatever k is."""
     mode, reg_lambda = mode_and_lambda
     a, b = (torch.nn.Parameter(torch.tensor([[value]], dtype=F64)) for value in (1.0, 1.5))
-    slope, scaling = 0.02, 2.0
+    k = 2 * reg_lambda  # normalised: the mean of Ω is 1
+    slope, scaling = min(0.02, 0.3 * k), 2.0  # it rests within reach of the steps
     optimizer = AlrAdamW(
         [("A", a), ("B", b)], {"w.weight": torch.ones(1, 1, dtype=F64)}, lora=[("w.weight", a, b, scaling)],
         reg_lambda=reg_lambda, mode=mode, weight_decay=0.0, lr=1e-2, betas=(0.9, 0.99),
@@ -212,12 +213,8 @@ def test_the_step_rests_where_the_papers_loss_is_stationary(mode_and_lambda):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - count / steps) ** 2
         a.grad, b.grad = slope * scaling * b.detach(), slope * scaling * a.detach()
         optimizer.step()
-    k = 2 * reg_lambda  # normalised: the mean of Ω is 1
     moved = scaling * a.item() * b.item() - start
-    if k >= 0.02:  # reached within the steps
-        assert moved == pytest.approx(-slope / k, rel=0.02)
-    else:
-        assert moved < -0.2
+    assert moved == pytest.approx(-slope / k, rel=0.02)
 
 
 def test_statistics_and_penalty_are_those_of_the_effective_space():

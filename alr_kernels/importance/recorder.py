@@ -41,8 +41,7 @@ class Recording(NamedTuple):
         entries: dict[str, Any] = {}
         stats: dict[str, TensorStats] = {}
         for part in [numbers] if self.whole else [range(i, i + 1) for i in numbers]:
-            lists = ([values[i] for i in part] for values in (self.path_integrals, formats))
-            omegas, kept = lists
+            omegas, kept = ([values[i] for i in part] for values in (self.path_integrals, formats))
             ends, starts = ([*map(each, part)] for each in (self.end, self.start))
             found, table, counts = _ops.finalise(omegas, ends, starts, kept, xi, relative)
             names = [self.names[i] for i in part]

@@ -23,6 +23,28 @@ PRESETS = {"paper": ("factored", "step", "zero")}
 Estimator = Literal["tangent", "factored", "exact"]
 
 
+def as_factors(
+    up: Tensor | None, down: Tensor | None, transposed: bool, stacked: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what is shaped as B and A, or ``stacked`` [P, ...], as left [.., m, r] and right [.., r, n]: views."""
+    left, right = (None if side is None else side.flatten(1 + stacked) for side in (up, down))
+    return (_swapped(right), _swapped(left)) if transposed else (left, right)
+
+
+def as_kept(
+    left: Tensor | None, right: Tensor | None, transposed: bool, up: torch.Size, down: torch.Size
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return left [.., m, r] and right [.., r, n] in the shapes of B and A: the inverse of :func:`as_factors`."""
+    left, right = (_swapped(right), _swapped(left)) if transposed else (left, right)
+    sides = zip((left, right), (up, down), strict=True)
+    b, a = (None if side is None else side.reshape(*side.shape[:-2], *shape) for side, shape in sides)
+    return b, a
+
+
+def _swapped(side: Tensor | None) -> Tensor | None:
+    return None if side is None else side.mT
+
+
 @dataclass(eq=False)
 class LoraPair:
     """One weight that LoRA moves by U = s·B·A, and its factors.
@@ -65,18 +87,12 @@ class LoraPair:
 
         A :class:`Product` of B and A, or for a transposed pair of Aᵀ and Bᵀ; where one is None, a tuple with None.
         """
-        left = up.flatten(1) if up is not None else None
-        right = down.flatten(1) if down is not None else None
-        if self.transposed:
-            left, right = right.T if right is not None else None, left.T if left is not None else None
+        left, right = as_factors(up, down, self.transposed)
         return (left, right) if left is None or right is None else Product(left, right)
 
     def as_kept(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return left [m, r] and right [r, n] in the shapes of B and A: the inverse of :meth:`factors`."""
-        if self.transposed:
-            left, right = right.T if right is not None else None, left.T if left is not None else None
-        up = left.reshape(self.up.shape) if left is not None else None
-        return up, right.reshape(self.down.shape) if right is not None else None
+        return as_kept(left, right, self.transposed, self.up.shape, self.down.shape)
 
     def take_gradient(self) -> Tensor | None:
         """Return G = dL/dU [m, n] of all backward passes since the last call, and forget it (``estimator="exact"``).
@@ -214,7 +230,7 @@ def lora_pairs(
 def _options(estimator: str, preset: str | None) -> tuple[str, str, str]:
     """Return estimator, clamp and origin."""
     _validate.choice("estimator", estimator, ESTIMATORS)
-    _validate.choice("preset", preset, (*PRESETS, None))  # type: ignore[arg-type]
+    _validate.choice("preset", preset, (*PRESETS, None))
     if estimator == "exact":
         if preset is not None:
             _validate_lora.preset_and_exact(preset)

@@ -16,6 +16,7 @@ import torch
 from .. import _ops_lora, _validate_lora
 from .. import state as _state
 from .gradients import factored, tangent
+from .pairs import as_factors, as_kept
 from .penalty import Pull
 from .reference import Product, move
 from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of, kept_importance
@@ -49,6 +50,14 @@ class Numbers(NamedTuple):
     clip: float | Tensor
     found_inf: float | Tensor
 
+    def unscaled(self, grads: Tensor, maximize: bool) -> Tensor:
+        """Return gradients of the loss that is minimised; 0 where the step is skipped."""
+        scale = -self.inverse if maximize else self.inverse
+        grads = grads * (scale.to(grads) if isinstance(scale, torch.Tensor) else scale)
+        if isinstance(self.found_inf, torch.Tensor):
+            grads = torch.where(self.found_inf.to(grads.device) != 0, 0.0, grads)
+        return grads
+
 
 class Stack:
     """Pairs of one shape, rank, scaling and group, which have gradients on the same sides.
@@ -75,16 +84,17 @@ class Stack:
 
     def matrices(self, up: Tensor | None, down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Return stacked tensors like B and A as left [P, m, r] and right [P, r, n]; a missing one stays None."""
-        up, down = (None if side is None else compute(side).flatten(2) for side in (up, down))
-        return (_swapped(down), _swapped(up)) if self.transposed else (up, down)
+        up, down = (None if side is None else compute(side) for side in (up, down))
+        left, right = as_factors(up, down, self.transposed, stacked=True)
+        return _contiguous(left), _contiguous(right)
 
     def as_kept(self, left: Tensor | None, right: Tensor | None) -> dict[Tensor, Tensor]:
         """Return what left [P, m, r] and right [P, r, n] are for each B and A, shaped as these: views."""
-        sides = (_swapped(right), _swapped(left)) if self.transposed else (left, right)
+        shapes = [params[0].shape for params in self.params]
         found: dict[Tensor, Tensor] = {}
-        for params, side in zip(self.params, sides, strict=True):
+        for params, side in zip(self.params, as_kept(left, right, self.transposed, *shapes), strict=True):
             if side is not None:
-                found |= zip(params, side.reshape(len(params), *params[0].shape).unbind(), strict=True)
+                found |= zip(params, side.unbind(), strict=True)
         return found
 
     def factors(self) -> Product:
@@ -103,17 +113,10 @@ class Stack:
 
     def task_gradients(self, numbers: Numbers) -> tuple[Tensor | None, Tensor | None]:
         """Return the task's gradients by left and right factor, unscaled and unclipped; None where there is none."""
-        scale = -numbers.inverse if self.group["maximize"] else numbers.inverse
         found: list[Tensor | None] = []
         for params, present in zip(self.params, self.sides, strict=True):
-            if not present:
-                found.append(None)
-                continue
-            grads = compute(torch.stack([param.grad for param in params]))
-            grads = grads * (scale.to(grads) if isinstance(scale, torch.Tensor) else scale)
-            if isinstance(numbers.found_inf, torch.Tensor):
-                grads = torch.where(numbers.found_inf.to(grads.device) != 0, 0.0, grads)
-            found.append(grads)
+            grads = compute(torch.stack([param.grad for param in params])) if present else None
+            found.append(None if grads is None else numbers.unscaled(grads, self.group["maximize"]))
         return self.matrices(*found)
 
     def pull(self, sides: str, curvature: bool, scales: Tensor, backend: str) -> tuple[Product, list[Pull]]:
@@ -123,7 +126,7 @@ class Stack:
         drift = move(Product(*self.matrices(*anchors)), now, self.scaling)
         if not self.pulls:
             self.drift = drift
-        scaled = unstacked(Product(now.left * self.scaling, now.right * self.scaling))
+        scaled = unstacked(now.scaled(self.scaling))
         importances = [bound.importance for bound in self.bounds]
         found = _ops_lora.lora_pull(importances, scales, unstacked(drift), scaled, sides, curvature, backend)
         self.pulls.append(found)
@@ -147,8 +150,8 @@ class Stack:
         return self.matrices(*found)
 
 
-def _swapped(matrices: Tensor | None) -> Tensor | None:
-    return None if matrices is None else matrices.mT.contiguous()
+def _contiguous(matrices: Tensor | None) -> Tensor | None:
+    return None if matrices is None else matrices.contiguous()
 
 
 def unstacked(product: Product) -> list[Product]:
@@ -202,12 +205,8 @@ class Pass:
             if any(param.grad is not None and bool(param.grad.any()) for param in params):
                 _validate_lora.nothing_gathered(bound.name)
             return torch.zeros(bound.geometry.matrix_shape, dtype=_state.compute_dtype(up), device=up.device)
-        dense = dense * share_of(dense, bound, params)
-        group = self.optimizer.param_groups[bound.group]
-        scale = -self.numbers.inverse if group["maximize"] else self.numbers.inverse
-        dense = dense * (scale.to(dense) if isinstance(scale, torch.Tensor) else scale)
-        if isinstance(self.numbers.found_inf, torch.Tensor):
-            dense = torch.where(self.numbers.found_inf.to(dense.device) != 0, 0.0, dense)
+        maximize = self.optimizer.param_groups[bound.group]["maximize"]
+        dense = self.numbers.unscaled(dense * share_of(dense, bound, params), maximize)
         return dense.to(_state.compute_dtype(up))
 
     def _scales(self, stack: Stack) -> Tensor:
@@ -352,5 +351,5 @@ def value_of(bound: Bound, optimizer: Any, scale: float | Tensor) -> Tensor:
     drift = move(factors_of(bound, anchors), now, scaling)
     importance = as_matrix(kept_importance(bound, params[0], optimizer._storage), bound.geometry)
     scales = torch.as_tensor(scale, dtype=torch.float64, device=params[0].device).reshape(1)
-    scaled = Product(now.left * scaling, now.right * scaling)
+    scaled = now.scaled(scaling)
     return _ops_lora.lora_pull([importance], scales, [drift], [scaled], "none", backend=optimizer.backend)[0].value

@@ -50,6 +50,12 @@ def empty_pulls(factors: Sequence[Product], sides: str, curvature: bool) -> list
     return [Pull(*row) for row in zip(*fields, strict=True)]
 
 
+def bounds(factors: Product) -> Product:
+    """Return |up| ⊙ Σ_q|up| [..., m, r] and |down| ⊙ Σ_q|down| [..., r, n]: what k is multiplied by in a curvature."""
+    up, down = factors.left.abs(), factors.right.abs()
+    return Product(up * up.sum(-1, keepdim=True), down * down.sum(-2, keepdim=True))
+
+
 def pull(
     importance: Encoded, scale: float | Tensor, drift: Product, factors: Product, sides: str, curvature: bool
 ) -> Pull:
@@ -60,7 +66,7 @@ def pull(
     """
     up, down = factors
     result = empty_pull(up, down, sides, curvature)
-    bound_up, bound_down = up.abs() * up.abs().sum(1, keepdim=True), down.abs() * down.abs().sum(0, keepdim=True)
+    bound_up, bound_down = bounds(factors)
     for rows in row_blocks(up.shape[0], down.shape[1]):
         k = penalty.curvature(importance.rows(rows).decoded().to(up.dtype), scale)
         gap = drift.left[rows] @ drift.right
@@ -85,7 +91,7 @@ def pull_rank1(
     With U − U* = L·R the force is scale·diag(r)·L·R·diag(c), and the value ½·scale·tr(Lᵀdiag(r)L · R diag(c)Rᵀ).
     Nothing [m, n] is made: time and memory grow with m + n. Sums that end in the value are in float64.
     """
-    (up, down), (left, right) = factors, drift
+    (up, down), (left, right), (bound_up, bound_down) = factors, drift, bounds(factors)
     rows, columns, _ = importance
     assert columns is not None
     result = empty_pull(up, down, sides, curvature)
@@ -99,9 +105,9 @@ def pull_rank1(
     if result.grad_down is not None:
         result.grad_down.copy_(((up.T * k_rows) @ left) @ weighted)
     if result.curvature_up is not None:
-        result.curvature_up.copy_(torch.outer(k_rows, (down.abs() * down.abs().sum(0)) @ columns))
+        result.curvature_up.copy_(torch.outer(k_rows, bound_down @ columns))
     if result.curvature_down is not None:
-        result.curvature_down.copy_(torch.outer(k_rows @ (up.abs() * up.abs().sum(1, keepdim=True)), columns))
+        result.curvature_down.copy_(torch.outer(k_rows @ bound_up, columns))
     return result
 
 

@@ -22,6 +22,10 @@ class Product(NamedTuple):
     left: Tensor
     right: Tensor
 
+    def scaled(self, scaling: float) -> Product:
+        """Return both factors times s: s·B and s·A, by which ∂U/∂A and ∂U/∂B multiply."""
+        return Product(self.left * scaling, self.right * scaling)
+
 
 def move(before: Product, after: Product, scaling: float) -> Product:
     """Return s·(B₁A₁ − B₀A₀) = s·(B₁ − B₀)·A₁ + s·B₀·(A₁ − A₀), in which nothing large cancels."""

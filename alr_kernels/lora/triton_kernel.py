@@ -177,9 +177,7 @@ def _pull(kind: Kind, rows: list[tuple[Encoded, Tensor, Product, Product]], side
     pairs, rank, device = len(rows), kind.second, kind.device
     drift, drift_blocks = _stacked(drifts, build.first)
     (up, down), rank_blocks = _stacked(factors, build.second)
-    bounds: tuple[Tensor | None, Tensor | None] = (None, None)
-    if build.curvature:
-        bounds = up.abs() * up.abs().sum(2, keepdim=True), down.abs() * down.abs().sum(1, keepdim=True)
+    bounds = penalty.bounds(Product(up, down)) if build.curvature else (None, None)
     value = torch.empty(pairs, strips, chunks, dtype=torch.float64, device=device)
     parts: list[Tensor | None] = []
     for wanted in (True, build.curvature):
