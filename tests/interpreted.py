@@ -1,4 +1,4 @@
-"""Triton without a GPU: tests in a process whose kernels run through the interpreter, or that has no Triton at all."""
+"""Triton without a GPU: through the interpreter, or not there at all, in a process of its own; and what ptxas made."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,3 +44,17 @@ def check_missing_triton(module, question):
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Triton cannot be imported") == 3, result.stdout
+
+
+def resource_usage(kernel, tmp_path):
+    """Return {"REG": n, "STACK": bytes, "LOCAL": bytes, ...} of a compiled kernel from its cubin."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this Triton build carries no cuobjdump")
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    result = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    assert kernel.metadata.name in result.stdout
+    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", result.stdout)}

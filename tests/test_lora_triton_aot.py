@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import resource_usage
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -79,18 +78,6 @@ def compiled(target, kernel, build, columns):
 def accesses(kernel, kind):
     """Return how often each width is loaded from (``ld``) or stored to (``st``) global memory."""
     return Counter(re.findall(rf"\b{kind}\.global\.(?:\w+::\w+\.)*((?:v\d\.)?b\d+)", kernel.asm["ptx"]))
-
-
-def resource_usage(kernel, tmp_path):
-    """Return {"REG": n, "STACK": bytes, "LOCAL": bytes, ...} from the cubin."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("this Triton build carries no cuobjdump")
-    cubin = tmp_path / "lora.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    result = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    assert "_kernel" in result.stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", result.stdout)}
 
 
 @on_nvidia

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import re
-import subprocess
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import resource_usage
 from test_step_formats import pairwise
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -217,18 +216,6 @@ def test_occupancy(form, programs, tmp_path):
     """So many programs of 128 threads fit the 65,536 registers of a multiprocessor."""
     registers = resource_usage(compiled("sm_90", build_of(**USUAL[form])), tmp_path)["REG"]
     assert 65536 // (128 * (-(-registers // 8) * 8)) >= programs
-
-
-def resource_usage(kernel, tmp_path):
-    """Return {"REG": n, "STACK": bytes, "LOCAL": bytes, ...} from the cubin."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("this Triton build carries no cuobjdump")
-    cubin = tmp_path / "step.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    result = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
-    assert "step_kernel" in result.stdout
-    return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", result.stdout)}
 
 
 @pytest.mark.parametrize("form", USUAL)
