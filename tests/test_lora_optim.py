@@ -245,7 +245,15 @@ def test_statistics_and_penalty_are_those_of_the_effective_space():
             torch.testing.assert_close(stats[layer]["pull_sq"], pull_sq, rtol=1e-9, atol=0)
             dot = (pulls[0] * b.grad).sum() + (pulls[1] * a.grad).sum()
             torch.testing.assert_close(stats[layer]["grad_dot_pull"], dot, rtol=1e-8, atol=1e-12)
-            assert float(stats[layer]["stiffness"]) > 0
+            k = 2 * weights[name] * problem.importance[name]
+            seen = a.detach() if mode == "proximal" else before[name][1]  # by B's curvature
+            stiffness = []
+            for param, bound in (
+                (a, lora_oracle.majoriser_down(before[name][0], s, k)), (b, lora_oracle.majoriser_up(seen, s, k)),
+            ):  # fmt: skip
+                denominator = oracle.denominator(optimizer.state[param]["exp_avg_sq"], 3, 0.99, 1e-8)
+                stiffness.append((1e-2 * bound / denominator).max())
+            torch.testing.assert_close(stats[layer]["stiffness"], max(stiffness), rtol=1e-9, atol=0)
 
 
 def test_dynamic_coefficients_balance_modules():

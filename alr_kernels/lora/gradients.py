@@ -15,11 +15,13 @@ CUT = 1e-8  # eigenvalues of a Gram matrix below this part of the largest one co
 
 def inverse_roots(grams: Tensor, cut: float = CUT) -> Tensor:
     """Return V·Λ^(−½) of FᵀF = VΛVᵀ [..., r, r], with which F is orthonormal; dropped directions: zeros."""
-    finite = torch.isfinite(grams).all(-1).all(-1)[..., None, None]  # eigh would refuse all for one
+    finite = (
+        torch.isfinite(grams).all(-1).all(-1)[..., None, None]
+    )  # eigh would refuse all for one; times its factor it is NaN again
     values, vectors = torch.linalg.eigh(torch.where(finite, grams, 0.0))
     kept = values > cut * values.amax(-1, keepdim=True)
     root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    return torch.where(finite, vectors * root.unsqueeze(-2), torch.nan)
+    return vectors * root.unsqueeze(-2)
 
 
 def _gram(factor: Tensor) -> Tensor:
