@@ -232,3 +232,18 @@ def test_the_penalty_is_the_same_before_and_after_binding():
     before = float(optimizer.penalty())
     run(problem, optimizer, 1)
     assert float(optimizer.penalty()) == pytest.approx(before, rel=1e-6)
+
+
+def test_anchors_of_factors_stay_exact_through_a_resume():
+    """These are large enough for ``anchor_dtype`` to act on, were they no factors."""
+    a, b = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((16, 512), (256, 16)))
+    importance = {"w.weight": torch.rand(256, 512)}
+    options = {"lora": [("w.weight", a, b, 2.0)], "anchor_dtype": "bf16"}
+    optimizer = AlrAdamW([("A", a), ("B", b)], importance, **options)
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    optimizer.step()
+    other = AlrAdamW([("A", a), ("B", b)], importance, **options)
+    other.load_state_dict(optimizer.state_dict())
+    for param in (a, b):
+        assert torch.equal(other.state[param]["anchor"], optimizer.state[param]["anchor"])
+        assert other.state[param]["anchor"].dtype is torch.float32
