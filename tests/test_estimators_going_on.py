@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import warnings
 
 import pytest
@@ -99,9 +100,16 @@ def test_half_a_batch_is_never_written(tmp_path, monkeypatch):
     assert all(same_bits(resumed[name], whole[name]) for name in whole)
 
 
-def test_ctrl_c_waits_for_the_batch(tmp_path):
-    import signal
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a shell that starts the tests in the background has the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_ctrl_c_waits_for_the_batch(tmp_path):
     model, batches, path = mlp(), points((2, 2, 2)), tmp_path / "p.safetensors"
     whole = fisher_importance(model, batches, squared)
     pressed = []
