@@ -40,6 +40,7 @@ class Stepping(Optimizer):
     _bound: bool
     _version: int
     _gathers_stats: bool
+    _coeffs_choice: Any
     _recorded_steps: int
     _device_steps: Tensor | None
     _calls: dict[Any, Call]
