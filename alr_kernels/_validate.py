@@ -187,11 +187,6 @@ def gradient(name: str, param: Tensor, grad: Tensor) -> None:
 
 def steppable(name: str, param: Tensor) -> None:
     """Refuse, before the first step, tensors that an in-place step over local memory cannot update."""
-    if hasattr(param, "to_local"):
-        raise RuntimeError(
-            f"parameter {name!r} is a DTensor: sharded parameters (FSDP2, tensor parallel) are not supported yet; "
-            "use DDP or a single process."
-        )
     if param.is_meta:
         raise RuntimeError(f"parameter {name!r} is on the meta device: materialise the model before the first step.")
     reach = 0  # of all smaller strides together; a stride within it may lead to the same element twice

@@ -228,16 +228,6 @@ def exact(name: str, reason: str) -> None:
         )
 
 
-def exact_alone() -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise ValueError(
-                f"estimator='exact': expected a single process, got {size}: each would see the gradient of its own "
-                "batch; use estimator='tangent'."
-            )
-
-
 # ---- pairs in an optimizer ----
 
 

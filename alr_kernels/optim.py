@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _ops, _validate, _validate_importance, _validate_lora
+from . import _ops, _validate, _validate_distributed, _validate_importance, _validate_lora
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
@@ -122,6 +122,7 @@ class AlrAdamW(Saving):
         **unsupported: Any,
     ) -> None:
         _validate.unsupported_flags(unsupported)
+        _validate_distributed.no_zero_redundancy()
         _validate.choice("mode", mode, MODES)
         _validate.choice("backend", backend, _ops.BACKENDS)
         _validate.choice("master", master, MASTERS)
@@ -176,8 +177,10 @@ class AlrAdamW(Saving):
             _validate.group_options(group, _state.OPTIONS)
             offset = sum(len(slots) for slots in self._slots)
             names = group.get("param_names") or [f"params.{offset + i}" for i in range(len(group["params"]))]
-            slots = [_state.Slot(unwrap(name), offset + i) for i, name in enumerate(names)]
+            pairs = list(zip(names, group["params"], strict=True))
+            slots = [_state.Slot(unwrap(name), offset + i, tuple(p.shape)) for i, (name, p) in enumerate(pairs)]
             for slot, param in zip(slots, group["params"], strict=True):
+                _validate_distributed.not_flattened(slot.name, param)
                 _validate.parameter(slot.name, param)
                 if self.backend != "auto" and not param.is_meta:
                     _ops.choose_step_backend(self.backend, param.device, param.dtype)
@@ -211,6 +214,7 @@ class AlrAdamW(Saving):
         sources = [slot for slot, _ in members if slot.bound is None]
         for source in [*sources, *(self._space or ())]:
             source.importance = entries.encoded(source.name) if entries is not None and source.name in entries else None
+            source.placed = False
             source.unit_scale = source.unit_scale if source.importance is not None else 0.0
             source.largest = self._penalty.largest.get(source.name, 0.0) if self._penalty else 0.0
         self._bound = False

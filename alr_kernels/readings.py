@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import _validate, _validate_importance, penalty
+from . import _dtensor, _validate, _validate_importance, penalty
 from . import state as _state
 from .importance.recorder import Recording
 from .lora.gradients import CUT
@@ -30,9 +30,12 @@ class Readings(Stepping):
     def penalty_by_layer(self) -> dict[str, Tensor]:
         """Return layer → λ α_l Σ_i Ω_i (θ_i − θ*_i)² (normalised as in the step): 0-dim float64 tensors, no host sync.
 
-        Before the first step the anchors are the weights themselves (or the mapping that was given).
+        Before the first step the anchors are the weights themselves (or the mapping that was given). With sharded
+        parameters every rank must call it, and gets the whole sum.
         """
-        result: dict[str, Tensor] = {}
+        values: list[Tensor] = []
+        layers: list[str] = []
+        shardings: list[_dtensor.Sharding | None] = []
         by = self._penalty.coeffs.by if self._penalty else "block"
         for group, slot, param in self._members():
             source = slot.bound or slot
@@ -44,13 +47,21 @@ class Readings(Stepping):
             strength = group["reg_lambda"]
             scale = (strength.double() if isinstance(strength, torch.Tensor) else strength) * unit
             if slot.bound is not None:
-                value = value_of(slot.bound, self, scale)
+                value, sharding = value_of(slot.bound, self, scale), slot.bound.sharding(param)
             else:
                 state = self.state.get(param, {})
                 weights = _state.whole(param, state)
-                anchor = state.get("anchor", self._anchor[slot.name].to(param.device) if self._anchor else weights)
+                sharding = _dtensor.Sharding.of(slot.name, param)
+                anchor = state.get("anchor")
+                if anchor is None and self._anchor:
+                    anchor = _dtensor.part_of(slot.name, self._anchor[slot.name], sharding).to(param.device)
+                anchor = weights if anchor is None else anchor
                 value = penalty.value(weights, anchor, _state.decoded_importance(slot, param), scale)
-            layer = layer_of(source.name, by)
+            values.append(value)
+            shardings.append(sharding)
+            layers.append(layer_of(source.name, by))
+        result: dict[str, Tensor] = {}
+        for layer, value in zip(layers, _dtensor.totals(values, shardings), strict=True):
             result[layer] = result[layer] + value.to(result[layer].device) if layer in result else value
         return result
 

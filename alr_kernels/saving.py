@@ -35,6 +35,11 @@ class Saving(Readings):
         extra = _state.extras(
             self._penalty, self._penalty_form, self._coeffs_choice, self.recorded_steps, balance, self._lora_form
         )
+        saved["state"] = {
+            index: _state.wrapped(slot, param, self.state[param])
+            for index, (_, slot, param) in enumerate(self._members())
+            if index in saved["state"]
+        }
         saved["param_groups"] = [{**group, **extra} for group in saved["param_groups"]]
         return saved
 
@@ -67,7 +72,7 @@ class Saving(Readings):
         _state.load_groups(self, super().load_state_dict, groups)
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
-            saved, penalised = state_dict["state"].get(key, {}), slot.penalised
+            saved, penalised = _state.local_parts(slot, param, state_dict["state"].get(key, {})), slot.penalised
             factor = slot.bound is not None
             state = _state.loaded(param, saved, self._storage, penalised, self.record, factor)
             if penalised and param in anchors:  # a plain AdamW's state has none: keep ours

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _ops, _validate, _validate_importance, _validate_lora
+from . import _dtensor, _ops, _validate, _validate_distributed, _validate_importance, _validate_lora
 from .codecs import reference as codecs
 from .codecs import rounding
 from .codecs.encoded import Encoded
@@ -27,6 +27,7 @@ from .names import LayerBy, layer_of, unwrap
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ._dtensor import Sharding
     from .lora.space import Bound, Space
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,7 +49,10 @@ class Slot:
 
     name: str
     index: int = 0  # position in the optimizer: the random generator's key
-    importance: Encoded | None = None  # as given; in ``form``, where the parameter is, once bound
+    shape: tuple[int, ...] = ()  # of the parameter when the optimizer was built
+    sharding: Sharding | None = None  # of the parameter, once bound: what follows is of the part that is here
+    importance: Encoded | None = None  # as given; in ``form``, where the parameter is, once placed
+    placed: bool = False
     unit_scale: float = 0.0  # curvature_scale at reg_lambda = 1: 2·α / normaliser
     largest: float = 0.0  # max Ω
     dtype: torch.dtype | None = None  # of the parameter when it was bound
@@ -84,12 +88,18 @@ class Penalty:
 
         The largest product of rank1's factors is that of their largest.
         """
-        summary, largest = Summary(importance.stats), {}
+        summary = Summary(importance.stats)
+        found: list[Tensor] = []
+        shardings = []
         for name in summary:
-            values, scales, kept = importance.encoded(name)
-            largest[name] = _validate_importance.importance_values(name, values if scales is None else scales)
+            entry = importance.encoded(name)
+            shardings.append(_dtensor.Sharding.of(name, entry.values))
+            values, scales, kept = encoded_part(entry, name, shardings[-1])
+            largest_here = _validate_importance.importance_values(name, values if scales is None else scales)
             if kept == "rank1":
-                largest[name] *= _validate_importance.importance_values(name, values)
+                largest_here *= _validate_importance.importance_values(name, values)
+            found.append(torch.tensor(largest_here, dtype=torch.float64))
+        largest = dict(zip(summary, map(float, _dtensor.totals(found, shardings, largest=True)), strict=True))
         sums = {name: row.mean * row.numel for name, row in summary.items()}
         _validate_importance.some_importance(sums)
         return cls(summary, importance.content_fingerprint, sums, largest)
@@ -156,8 +166,8 @@ def named_anchor(anchor: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 
 
 def dense_like(param: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised state in the parameter's memory layout (contiguous where that has holes)."""
-    return torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    """Return uninitialised state for what is here of a parameter, in its memory layout (contiguous if with holes)."""
+    return torch.empty_like(_dtensor.local(param), dtype=dtype, memory_format=torch.preserve_format)
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -171,8 +181,13 @@ def bind(
     """Tie what was given at construction to the parameter as it is now; called from the first step on.
 
     Launchers may move, shard or replace parameters between construction and the first step, so nothing is cloned
-    before. Adds only what is missing, so that a loaded state is left alone.
+    before. Adds only what is missing, so that a loaded state is left alone. Of a sharded parameter all of it is of the
+    part that is here.
     """
+    slot.sharding = _dtensor.Sharding.of(slot.name, param)
+    if slot.sharding is not None:
+        _rows_alone(slot, param, storage)
+        anchor = None if anchor is None else _dtensor.part_of(f"anchor of {slot.name}", anchor, slot.sharding)
     if storage.is_split(param) and "remainder" not in state:
         state["remainder"] = dense_like(param, torch.int16).zero_()
     weights = whole(param, state)
@@ -188,6 +203,7 @@ def bind(
         state["path_integral"] = dense_like(param, compute_dtype(param)).zero_()
     slot.form = (
         storage.state_format(param),
+        slot.sharding and slot.sharding.group,
         kept,
         state["anchor"].dtype if "anchor" in state else None,
         "remainder" in state,
@@ -197,30 +213,64 @@ def bind(
 
 def encode(slot: Slot, param: Tensor, storage: Storage) -> str:
     """Bring the slot's importance into the form and place in which steps read it, once; return the form."""
-    assert slot.importance is not None
-    given = slot.importance.to(param.device)
+    given = local_importance(slot, param)
     kept = storage.importance_format(param, given.format)
     if kept in CODES or (given.format in CODES and kept != given.format):
         values = given._replace(values=given.values.contiguous())
         slot.importance = _ops.merge([values], [None], [kept], (1.0, 0.0))[0][0] if kept != given.format else values
     else:
         slot.importance = Encoded(_in_layout_of(param, _ops.decoded(given), DTYPES[kept]), None, kept)
+    slot.placed = True
     return kept
 
 
-def decoded_importance(slot: Slot, param: Tensor) -> Tensor:
-    """Return Ω on the parameter's device, as the steps see it."""
+def local_importance(slot: Slot, param: Tensor) -> Encoded:
+    """Return Ω of what is here of a parameter, on its device."""
     assert slot.importance is not None
-    return _ops.decoded(slot.importance.to(param.device))
+    sharding = None if slot.placed else _dtensor.Sharding.of(slot.name, param)
+    return encoded_part(slot.importance, slot.name, sharding).to(param.device)
+
+
+def encoded_part(importance: Encoded, name: str, sharding: Sharding | None) -> Encoded:
+    """Return the part of Ω that belongs to what is here of a parameter; without a sharding, all of it."""
+    if _dtensor.is_sharded(importance.values):
+        values = _dtensor.part_of(f"importance of {name}", importance.values, sharding)
+        scales = None if importance.scales is None else _dtensor.local(importance.scales)
+        return Encoded(values, scales, importance.format)
+    if sharding is None:
+        return importance
+    if importance.format in CODES or importance.format == "rank1":
+        _validate_distributed.rows_alone(name, f"{importance.format} importance", sharding.placements, sharding.by_rows)
+        return importance.rows(sharding.rows)
+    return Encoded.dense(_dtensor.part_of(f"importance of {name}", importance.values, sharding))
+
+
+def _rows_alone(slot: Slot, param: Tensor, storage: Storage) -> None:
+    """Refuse codes and random numbers where what is here of the parameter is no range of rows."""
+    assert slot.sharding is not None
+    kinds = {f"{storage.state_format(param)} state": storage.state_format(param) in (*CODES, "bf16")}
+    kinds["stochastic rounding"] = storage.master == "stochastic" and param.dtype is torch.bfloat16
+    if slot.importance is not None and not slot.placed:
+        kept = storage.importance_format(param, slot.importance.format)
+        kinds[f"{kept} importance"] = kept in CODES
+    for what, found in kinds.items():
+        if found:
+            _validate_distributed.rows_alone(slot.name, what, slot.sharding.placements, slot.sharding.by_rows)
+
+
+def decoded_importance(slot: Slot, param: Tensor) -> Tensor:
+    """Return Ω of what is here of a parameter, as the steps see it."""
+    return _ops.decoded(local_importance(slot, param))
 
 
 def whole(param: Tensor, state: Mapping[str, Any]) -> Tensor:
-    """Return θ as it is known: the float32 master of a split parameter (a new tensor), else the parameter."""
-    return rounding.join(param.detach(), state["remainder"]) if "remainder" in state else param.detach()
+    """Return θ here as it is known: the float32 master of a split parameter (a new tensor), else the parameter."""
+    here = _dtensor.local(param).detach()
+    return rounding.join(here, state["remainder"]) if "remainder" in state else here
 
 
 def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
-    values = values.detach().resolve_neg()
+    values, param = values.detach().resolve_neg(), _dtensor.local(param)
     fits = values.dtype == dtype and values.device == param.device and values.stride() == param.stride()
     return values if fits and not copy else dense_like(param, dtype).copy_(values)
 
@@ -230,6 +280,7 @@ def start_moments(param: Tensor, state: dict[str, Any], storage: Storage) -> Non
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     name = storage.state_format(param)
     if name in CODES:
+        param = _dtensor.local(param)
         scales = torch.zeros(scale_shape(param), dtype=torch.float32, device=param.device)
         state |= {"exp_avg": torch.zeros(param.shape, dtype=torch.int8, device=param.device), "exp_avg_scale": scales}
         state |= {"exp_avg_sq": torch.zeros(param.shape, dtype=torch.uint8, device=param.device)}
@@ -274,7 +325,7 @@ def loaded(
         else:
             kept = in_format(name, *wide_moments(saved, param.device))
         for key, value in kept.items():
-            same = value.shape == param.shape and name not in CODES
+            same = value.shape == _dtensor.local(param).shape and name not in CODES
             state[key] = _in_layout_of(param, value, value.dtype, copy=True) if same else value.clone()
     if storage.is_split(param) and "remainder" in saved:
         state["remainder"] = _in_layout_of(param, saved["remainder"].to(param.device), torch.int16, copy=True)
@@ -294,6 +345,38 @@ def loaded(
     if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
         state["start"] = anchor
     return state
+
+
+def local_parts(slot: Slot, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state with what is here of its tensors, which are whole or sharded like the parameter."""
+    sharding = _dtensor.Sharding.of(slot.name, param)
+    of_pair = slot.bound.sharding(param) if slot.bound else None
+    parts: dict[str, Any] = {}
+    for key, value in saved.items():
+        owner = of_pair if key == EFFECTIVE else sharding
+        is_part = isinstance(value, torch.Tensor) and value.ndim > 0
+        parts[key] = _dtensor.part_of(f"{key} of {slot.name}", value, owner) if is_part else value
+    return parts
+
+
+def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state as it is saved: DTensors where the parameter is one, and no tensor twice.
+
+    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here.
+    """
+    saved: dict[str, Any] = dict(state)
+    if "start" in saved and saved["start"] is saved.get("anchor"):
+        saved["start"] = torch.clone(saved["start"])
+    sharding = _dtensor.Sharding.of(slot.name, param)
+    if sharding is None:
+        return saved
+    of_pair = slot.bound.sharding(param) if slot.bound else None
+    for key, value in saved.items():
+        if key == EFFECTIVE and of_pair:
+            saved[key] = of_pair.wrap(value)
+        elif isinstance(value, torch.Tensor) and value.ndim > 0:
+            saved[key] = sharding.wrap(value, scale_shape(param) if key.endswith("_scale") else None)
+    return saved
 
 
 def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

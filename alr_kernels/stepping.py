@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import _validate, _validate_importance
+from . import _dtensor, _validate, _validate_distributed, _validate_importance
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
@@ -57,13 +57,18 @@ class Stepping(Optimizer):
 
     def _bind(self) -> None:
         """Take anchors and starts, all of them or, when a parameter is refused, none."""
+        for group, slots in zip(self.param_groups, self._slots, strict=True):
+            _validate_distributed.same_parameters({slot.name: slot.shape for slot in slots}, group["params"])
         members = self._members()
         for _, slot, param in members:
-            _validate.steppable(slot.name, param)
+            _validate_distributed.not_flattened(slot.name, param)
+            _validate.steppable(slot.name, _dtensor.local(param))
             if self.capturable:
                 _validate.capturable(slot.name, param)
-            if slot.importance is not None:
+            if slot.importance is not None and not slot.placed:
                 _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
+        if not self.state and all(param.grad is None for _, _, param in members):
+            _validate_distributed.no_gradient([slot.name for _, slot, _ in members])
         if self._space is not None:
             names = [[slot.name for slot in slots] for slots in self._slots]
             self._space.bind(self.param_groups, self.state, self._storage, self._anchor, self.record, names)
@@ -96,6 +101,8 @@ class Stepping(Optimizer):
                     continue
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
+                if (slot.sharding is None) is _dtensor.is_sharded(grad):
+                    _validate_distributed.gradient_sharding(slot.name, grad, slot.sharding is not None)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
                 source = slot.bound or slot
@@ -118,8 +125,12 @@ class Stepping(Optimizer):
         """Return min(1, max_grad_norm / ‖g‖), as torch's clip_grad_norm_ computes it; one read of the gradients."""
         norms: dict[int, Tensor] = {}
         for rows in buckets.values():
-            grads = [param.grad for _, param in rows]
+            grads = [_dtensor.local(param.grad) for _, param in rows]
             found = torch._foreach_norm(grads, 2, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+            sharding = rows[0][0].sharding
+            if sharding is not None:
+                squares = _dtensor.all_reduce(torch.stack(found).double().square(), sharding)
+                found = squares.sqrt().to(found[0].dtype).unbind()
             norms |= zip((slot.index for slot, _ in rows), found, strict=True)
         ordered = [norms[index] for index in sorted(norms)]  # the sum of squares depends on the order
         home = ordered[0].device
@@ -144,8 +155,19 @@ class Stepping(Optimizer):
             for key, rows in buckets.items():
                 if key[-1] == wave:
                     self._latest.append(self._step_bucket(key, rows, shared, operands))
+        self._gather(shared[2])
         if pairs is not None:
             self._latest += pairs.finish(before)
+
+    def _gather(self, found_inf: Any) -> None:
+        """Sum the calls' statistics over the ranks, and show them to the balance."""
+        calls = [call for call in self._latest if call.partial is not None]
+        tables = _dtensor.statistics([call.partial for call in calls], [call.sharding for call in calls])
+        for call, table in zip(calls, tables, strict=True):
+            call.statistics = table
+            if call.penalised and self._balance is not None:
+                inf = found_inf.to(table.device).reshape(()) if isinstance(found_inf, torch.Tensor) else None
+                self._balance.observe(call.names, table, inf)
 
     def _step_bucket(
         self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any],
@@ -182,8 +204,7 @@ class Stepping(Optimizer):
         found_inf = shared[2].to(device).reshape(()) if isinstance(shared[2], Tensor) else None
         if found_inf is not None:
             call.steps -= found_inf
-        if penalised and operands is None and self._balance is not None:
-            self._balance.observe(call.names, call.statistics, found_inf)
+        call.penalised = penalised and operands is None
         return call
 
     def _count_recorded(self, found_inf: Tensor | None) -> None:

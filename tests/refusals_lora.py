@@ -107,14 +107,6 @@ def experts():
     return lora_pairs(peft.get_peft_model(model, made))
 
 
-def in_two_processes():
-    with (
-        mock.patch("torch.distributed.is_initialized", return_value=True),
-        mock.patch("torch.distributed.get_world_size", return_value=2),
-    ):
-        lora_pairs(q(), estimator="exact")
-
-
 def row(name="w", down=None, up=None, scaling=1.0):
     return name, p(2, 3) if down is None else down, p(4, 2) if up is None else up, scaling
 
@@ -273,5 +265,4 @@ REFUSED = {
         lambda c: lora_pairs(adapted(Mixed(), ["linear", "point"]), estimator="exact"),
         ValueError, "'point.weight' is a convolution's.*tangent",
     ),
-    "exact in two processes": (lambda c: in_two_processes(), ValueError, "single process, got 2.*tangent"),
 }  # fmt: skip

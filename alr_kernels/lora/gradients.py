@@ -5,6 +5,8 @@ The third, ``exact``, is G itself, which exact.py gathers from inputs and output
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,19 @@ def _gram(factor: Tensor) -> Tensor:
     return wide.mT @ wide
 
 
-def tangent(factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, scaling: float) -> Product:
+def tangent(
+    factors: Product, grad_up: Tensor | None, grad_down: Tensor | None, scaling: float,
+    summed: Callable[[Tensor], Tensor] = torch.Tensor.double,
+) -> Product:  # fmt: skip
     """Return Ĝ = P_B·G + G·P_A − P_B·G·P_A, the part of G = dL/dU that rank-r moves can see; gauge-free.
 
     From dL/dB = s·G·Aᵀ and dL/dA = s·Bᵀ·G, with orthonormal bases Q of B's columns and A's rows: X = Q_Bᵀ·G, Y = G·Q_A,
-    Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient does not move: its part is left out.
+    Ĝ = Q_B·(X − X·Q_A·Q_Aᵀ) + Y·Q_Aᵀ. A factor without a gradient does not move: its part is left out. Where only some
+    rows of the left factor are here, ``summed`` makes its Gram matrix that of all, and the result is of these rows.
     """
     left, right = factors
     dtype = torch.promote_types(left.dtype, torch.float32)
-    of_rows, of_columns = inverse_roots(torch.stack([_gram(right.mT), _gram(left)]))
+    of_rows, of_columns = inverse_roots(torch.stack([_gram(right.mT), summed(_gram(left))]))
     rows = right.mT.double() @ of_rows  # Q_A [n, r]
     lefts, rights = [], []
     if grad_down is not None:

@@ -189,8 +189,8 @@ def lora_pairs(
         adapter: its name or names; None: what is active. Where several train on one module, the pairs are called
             ``<name>@<adapter>``.
         estimator: of G = dL/dU: ``"tangent"``, what the factors' gradients tell of it, whatever the gauge;
-            ``"factored"``, the published code's; ``"exact"``, G itself by hooks on linear layers in a single process,
-            float32 [m, n] a pair.
+            ``"factored"``, the published code's; ``"exact"``, G itself by hooks on linear layers, float32
+            [m, n] a pair, summed over the processes of a job.
         preset: ``"paper"``: as the published implementation of arXiv 2501.13669, i.e. ``estimator="factored"``,
             ω clamped at every step, and U² as denominator.
 
@@ -231,10 +231,8 @@ def _options(estimator: str, preset: str | None) -> tuple[str, str, str]:
     """Return estimator, clamp and origin."""
     _validate.choice("estimator", estimator, ESTIMATORS)
     _validate.choice("preset", preset, (*PRESETS, None))
-    if estimator == "exact":
-        if preset is not None:
-            _validate_lora.preset_and_exact(preset)
-        _validate_lora.exact_alone()
+    if estimator == "exact" and preset is not None:
+        _validate_lora.preset_and_exact(preset)
     return (estimator, "end", "start") if preset is None else PRESETS[preset]
 
 

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import _ops_lora, _validate_lora
+from .. import _dtensor, _ops_lora, _validate_lora
 from .. import state as _state
+from .._dtensor import local
 from .gradients import factored, tangent
-from .pairs import as_factors, as_kept
 from .penalty import Pull
 from .reference import Product, move
-from .space import OMEGA, Bound, Space, as_matrix, compute, factors_of, kept_importance
+from .space import OMEGA, Bound, Space, as_kept, as_matrix, compute, factors_of, kept_importance, matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .._dtensor import Sharding
     from ..stepping import Stepping
 
 MOST_APART = 0.1  # of a gradient in bf16 from what its dense one implies; 0.01 is usual
@@ -72,7 +73,7 @@ class Stack:
         pairs = [bound.params(optimizer.param_groups) for bound in bounds]
         self.params = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         self.states = tuple([optimizer.state[param] for param in side] for side in self.params)
-        self.scaling = bounds[0].geometry.scaling
+        self.scaling, self.rows = bounds[0].geometry.scaling, bounds[0].rows
         self.transposed = bounds[0].geometry.transposed
         self.sides = sides  # whether the Bs and the As have gradients
         self.left, self.right = reversed(sides) if self.transposed else sides
@@ -83,16 +84,14 @@ class Stack:
         self.grads: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def matrices(self, up: Tensor | None, down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return stacked tensors like B and A as left [P, m, r] and right [P, r, n]; a missing one stays None."""
-        up, down = (None if side is None else compute(side) for side in (up, down))
-        left, right = as_factors(up, down, self.transposed, stacked=True)
+        """Return stacked tensors like B and A as left [P, m, r] and right [P, r, n]; see ``space.matrices``."""
+        left, right = matrices(self.bounds[0], up, down)
         return _contiguous(left), _contiguous(right)
 
     def as_kept(self, left: Tensor | None, right: Tensor | None) -> dict[Tensor, Tensor]:
-        """Return what left [P, m, r] and right [P, r, n] are for each B and A, shaped as these: views."""
-        shapes = [params[0].shape for params in self.params]
+        """Return what left [P, m, r] and right [P, r, n] are for each B and A, shaped as what is here of these."""
         found: dict[Tensor, Tensor] = {}
-        for params, side in zip(self.params, as_kept(left, right, self.transposed, *shapes), strict=True):
+        for params, side in zip(self.params, as_kept(self.bounds[0], left, right), strict=True):
             if side is not None:
                 found |= zip(params, side.unbind(), strict=True)
         return found
@@ -102,7 +101,7 @@ class Stack:
         stacked = []
         for params, states in zip(self.params, self.states, strict=True):
             split = any("remainder" in state for state in states)
-            stacked.append(torch.stack([*map(_state.whole, params, states)] if split else params))
+            stacked.append(torch.stack([*map(_state.whole if split else local, params, *([states] if split else []))]))
         return Product(*self.matrices(*stacked))
 
     def first(self) -> Product:
@@ -115,7 +114,7 @@ class Stack:
         """Return the task's gradients by left and right factor, unscaled and unclipped; None where there is none."""
         found: list[Tensor | None] = []
         for params, present in zip(self.params, self.sides, strict=True):
-            grads = compute(torch.stack([param.grad for param in params])) if present else None
+            grads = compute(torch.stack([local(param.grad) for param in params])) if present else None
             found.append(None if grads is None else numbers.unscaled(grads, self.group["maximize"]))
         return self.matrices(*found)
 
@@ -129,8 +128,19 @@ class Stack:
         scaled = unstacked(now.scaled(self.scaling))
         importances = [bound.importance for bound in self.bounds]
         found = _ops_lora.lora_pull(importances, scales, unstacked(drift), scaled, sides, curvature, backend)
+        if self.rows is not None:
+            found = summed_pulls(found, self.rows)
         self.pulls.append(found)
         return now, found
+
+    def summed(self, values: Tensor) -> Tensor:
+        """Return what was summed over the rows that are here, summed over all."""
+        return values if self.rows is None else _dtensor.all_reduce(values, self.rows)
+
+    @property
+    def counts_right(self) -> float:
+        """Return 1 on the rank that counts what every rank has, the right factors; 0 on the others."""
+        return 1.0 if self.rows is None or self.rows.is_first else 0.0
 
     def drift_sq(self) -> Tensor:
         """Return Σ (U − U*)² of each pair before the step, [P] float64: Σ (L·R)² = Σ (LᵀL) ⊙ (RRᵀ)."""
@@ -148,6 +158,16 @@ class Stack:
             steps = torch.stack([state["step"] for state in states]).to(v).view(-1, *[1] * (v.ndim - 1))
             found.append((v / (1 - self.group["betas"][1] ** steps)).sqrt() + self.group["eps"])
         return self.matrices(*found)
+
+
+def summed_pulls(pulls: list[Pull], rows: Sharding) -> list[Pull]:
+    """Return pulls whose sums over rows, the derivatives by the right factor, are over the rows of all ranks."""
+    fields = [field for field in ("grad_down", "curvature_down") if getattr(pulls[0], field) is not None]
+    if not fields:
+        return pulls
+    found = _dtensor.all_reduce(torch.stack([getattr(pull, field) for pull in pulls for field in fields]), rows)
+    parts = iter(found.unbind())
+    return [pull._replace(**{field: next(parts) for field in fields}) for pull in pulls]
 
 
 def _contiguous(matrices: Tensor | None) -> Tensor | None:
@@ -173,7 +193,8 @@ class Pass:
             sides = (up.grad is not None, down.grad is not None)
             if any(sides):
                 penalised = bound.unit_scale > 0 and not off[bound.group]
-                key = (bound.group, up.device, up.dtype, bound.kind, sides, penalised)
+                split = bound.rows and bound.rows.group
+                key = (bound.group, up.device, up.dtype, bound.kind, split, sides, penalised)
                 groups.setdefault(key, []).append(bound)
         self.stacks = [Stack(bounds, optimizer, key[-2], key[-1]) for key, bounds in groups.items()]
         if optimizer.record or optimizer.gathers:
@@ -186,28 +207,34 @@ class Pass:
     def _estimate(self, stack: Stack) -> None:
         before = stack.first()
         if self.space.estimator == "exact":
-            stack.gradient = [self._exact(bound) for bound in stack.bounds]
+            stack.gradient = [self._exact(bound, stack) for bound in stack.bounds]
             return
         left, right = stack.grads
         if self.space.estimator == "tangent":
-            stack.gradient = [*unstacked(tangent(before, left, right, stack.scaling))]
+            stack.gradient = [*unstacked(tangent(before, left, right, stack.scaling, stack.summed))]
         else:
             left = torch.zeros_like(before.left) if left is None else left
             right = torch.zeros_like(before.right) if right is None else right
             stack.gradient = [*unstacked(factored(before, left, right, stack.scaling, stack.group["lr"]))]
 
-    def _exact(self, bound: Bound) -> Tensor:
+    def _exact(self, bound: Bound, stack: Stack) -> Tensor:
         gatherer = self.space.gatherers[bound.name]
         dense = gatherer.take() if gatherer is not None else None
-        params = bound.params(self.optimizer.param_groups)
-        up = params[0]
+        params = [_dtensor.whole(param) for param in bound.params(self.optimizer.param_groups)]
+        grads = [_dtensor.whole(p.grad) for p in bound.params(self.optimizer.param_groups) if p.grad is not None]
+        dtype, device = _state.compute_dtype(params[0]), params[0].device
         if dense is None:
-            if any(param.grad is not None and bool(param.grad.any()) for param in params):
+            dense = torch.zeros(bound.geometry.matrix_shape, dtype=dtype, device=device)
+        dense = _dtensor.summed_over_job(dense.to(dtype))
+        here = slice(None) if bound.rows is None else bound.rows.rows
+        if not bool(dense.any()):
+            if any(bool(grad.any()) for grad in grads):
                 _validate_lora.nothing_gathered(bound.name)
-            return torch.zeros(bound.geometry.matrix_shape, dtype=_state.compute_dtype(up), device=up.device)
+            return dense[here]
         maximize = self.optimizer.param_groups[bound.group]["maximize"]
-        dense = self.numbers.unscaled(dense * share_of(dense, bound, params), maximize)
-        return dense.to(_state.compute_dtype(up))
+        sides = iter(grads)
+        present = [next(sides) if has else None for has in stack.sides]
+        return self.numbers.unscaled(dense * share_of(dense, bound, params, present), maximize)[here]
 
     def _scales(self, stack: Stack) -> Tensor:
         device = stack.params[0][0].device
@@ -250,7 +277,7 @@ class Pass:
         now, force, curvature = factors[0 if left else 1], column(pulls, "grad", left), column(pulls, "curvature", left)
         anchor = torch.where(curvature > 0, now - force / curvature, now)
         anchors, curvatures = (stack.as_kept(*((x, None) if left else (None, x))) for x in (anchor, curvature))
-        found |= {param: Operand(param.grad, k, anchors[param]) for param, k in curvatures.items()}
+        found |= {param: Operand(local(param.grad), k, anchors[param]) for param, k in curvatures.items()}
 
     def finish(self, before: Mapping[tuple[str, ...], Tensor]) -> list[Latest]:
         """Record what the step did, and return its statistics; ``before``: those that stay where it was skipped."""
@@ -258,16 +285,16 @@ class Pass:
             for stack in self.stacks:
                 moves = unstacked(move(stack.first(), stack.factors(), stack.scaling))
                 kept = zip(stack.states[0], stack.bounds, strict=True)
-                omegas = [state[OMEGA].view(bound.geometry.matrix_shape) for state, bound in kept]
+                omegas = [state[OMEGA].flatten(1) for state, bound in kept]
                 _ops_lora.lora_record_(omegas, stack.gradient, moves, self.space.clamp, self.backend)
         if not self.optimizer.gathers:
             return []
         inf = self.numbers.found_inf if isinstance(self.numbers.found_inf, torch.Tensor) else None
         found = []
-        for stack in self.stacks:
-            if not stack.pulls:
-                continue
-            names, rows = [bound.name for bound in stack.bounds], statistics(stack)
+        pulled = [stack for stack in self.stacks if stack.pulls]
+        tables = _dtensor.statistics(list(map(statistics, pulled)), [stack.rows for stack in pulled])
+        for stack, rows in zip(pulled, tables, strict=True):
+            names = [bound.name for bound in stack.bounds]
             if inf is not None:
                 rows = torch.where(inf.to(rows.device) != 0, before.get(tuple(names), torch.zeros_like(rows)), rows)
             found.append(Latest(names, rows))
@@ -276,16 +303,14 @@ class Pass:
         return found
 
 
-def share_of(dense: Tensor, bound: Bound, params: Sequence[Tensor]) -> Tensor:
+def share_of(dense: Tensor, bound: Bound, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Tensor:
     """Return c, where the factors' gradients are c · (s·G·Aᵀ, s·Bᵀ·G), which G implies: what was done to ``p.grad``.
 
-    Unscaling and clipping from outside are such a factor. Anything else, as a backward pass whose gradients were thrown
-    away without ``optimizer.zero_grad()``, is refused. Waits for the device.
+    Unscaling, clipping from outside and the mean over the processes of a job are such factors. Anything else, as a
+    backward pass whose gradients were thrown away without ``optimizer.zero_grad()``, is refused. Waits for the device.
     """
-    left, right = factors_of(bound, params)
-    pairs = zip(
-        bound.geometry.factors(*(param.grad for param in params)), (dense @ right.mT, left.mT @ dense), strict=True
-    )
+    left, right = bound.geometry.factors(*map(compute, params))
+    pairs = zip(bound.geometry.factors(*grads), (dense @ right.mT, left.mT @ dense), strict=True)
     rows = [
         (grad.double().flatten(), side.double().flatten() * bound.geometry.scaling)
         for grad, side in pairs
@@ -317,7 +342,7 @@ def column(pulls: Sequence[Pull], what: str, left: bool) -> Tensor:
 
 
 def statistics(stack: Stack) -> Tensor:
-    """Return [P, len(STATISTICS)] float64 of the step that was taken; see ``penalty.statistics``."""
+    """Return [P, len(STATISTICS)] float64 of the step that was taken, of what is here; see ``penalty.statistics``."""
     strength = stack.group["reg_lambda"]
     reg_lambda = strength.double() if isinstance(strength, torch.Tensor) else strength
     penalty = torch.stack([pull.value for pull in stack.pulls[0]]) * reg_lambda
@@ -329,27 +354,31 @@ def statistics(stack: Stack) -> Tensor:
         field = "grad_up" if left else "grad_down"
         pulls = next(pulls for pulls in stack.pulls if getattr(pulls[0], field) is not None)
         force, curvature = (column(pulls, what, left).double() * reg_lambda for what in ("grad", "curvature"))
-        grad_sq = grad_sq + squares(gradient)
-        pull_sq = pull_sq + squares(force)
-        dot = dot + (force * gradient).flatten(1).sum(1)
-        stiffness = torch.maximum(stiffness, (curvature * stack.group["lr"] / denominators).flatten(1).amax(1))
+        share = 1.0 if left else stack.counts_right
+        grad_sq = grad_sq + share * squares(gradient)
+        pull_sq = pull_sq + share * squares(force)
+        dot = dot + share * (force * gradient).flatten(1).sum(1)
+        if force.numel():
+            stiffness = torch.maximum(stiffness, (curvature * stack.group["lr"] / denominators).flatten(1).amax(1))
     return torch.stack([penalty, grad_sq, pull_sq, dot, stiffness, stack.drift_sq()], 1)
 
 
 def value_of(bound: Bound, optimizer: Any, scale: float | Tensor) -> Tensor:
-    """Return the penalty of a pair at the present weights, 0-dim float64."""
+    """Return the penalty of a pair at the present weights, 0-dim float64: of the rows that are here."""
     params = bound.params(optimizer.param_groups)
     states = [optimizer.state.get(param, {}) for param in params]
     weights = [_state.whole(*each) for each in zip(params, states, strict=True)]
+    bound.shard(params)
     anchors = [state.get("anchor", now) for state, now in zip(states, weights, strict=True)]
     if optimizer._anchor and "anchor" not in states[0]:
         slots = optimizer._slots[bound.group]
         anchors = [
-            optimizer._anchor[slots[i].name].to(now) for i, now in zip((bound.up, bound.down), weights, strict=True)
+            _dtensor.part_of(slots[i].name, optimizer._anchor[slots[i].name], sharding).to(now)
+            for i, now, sharding in zip((bound.up, bound.down), weights, bound.of_factors, strict=True)
         ]
     now, scaling = factors_of(bound, weights), bound.geometry.scaling
     drift = move(factors_of(bound, anchors), now, scaling)
-    importance = as_matrix(kept_importance(bound, params[0], optimizer._storage), bound.geometry)
+    importance = as_matrix(kept_importance(bound, params[0], optimizer._storage))
     scales = torch.as_tensor(scale, dtype=torch.float64, device=params[0].device).reshape(1)
     scaled = now.scaled(scaling)
     return _ops_lora.lora_pull([importance], scales, [drift], [scaled], "none", backend=optimizer.backend)[0].value

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _ops, _validate_lora
+from .. import _dtensor, _ops, _validate_distributed, _validate_lora
 from .. import state as _state
 from ..codecs.encoded import Encoded
 from ..codecs.storage import CODES, DTYPES, Storage, fitting
 from ..names import unwrap
-from .pairs import Known, LoraPairs
+from .pairs import Known, LoraPairs, as_factors
+from .pairs import as_kept as pairs_as_kept
 from .reference import Product, move
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .._dtensor import Sharding
     from .pairs import LoraPair
 
 OMEGA = _state.EFFECTIVE
@@ -37,7 +39,10 @@ class Bound:
     group: int
     up: int  # position of B in the group
     down: int
-    importance: Encoded | None = None  # a matrix once bound
+    importance: Encoded | None = None  # a matrix once placed: with sharded factors, the rows that are here
+    placed: bool = False
+    rows: Sharding | None = None  # of ω and Ω, once bound; and of the factors
+    of_factors: tuple[Sharding | None, Sharding | None] = (None, None)
     unit_scale: float = 0.0
     largest: float = 0.0
 
@@ -51,6 +56,16 @@ class Bound:
         """What pairs that are computed together have in common: shapes, orientation and scaling."""
         geometry = self.geometry
         return geometry.up.shape, geometry.down.shape, geometry.transposed, geometry.scaling
+
+    def sharding(self, param: Tensor) -> Sharding | None:
+        """Return that of ω and Ω, by the sharding of a factor; None if that has none."""
+        return _dtensor.like(_dtensor.Sharding.of(self.name, param), self.geometry.shape)
+
+    def shard(self, params: Sequence[Tensor]) -> None:
+        """Note how factors, ω and Ω are sharded."""
+        up, down = (_dtensor.Sharding.of(f"factor of {self.name}", param) for param in params)
+        _validate_distributed.factors_alike(self.name, up, down)
+        self.of_factors, self.rows = (up, down), self.sharding(params[0])
 
     def params(self, groups: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor]:
         """Return B and A as they are now."""
@@ -120,8 +135,10 @@ class Space:
         """Take anchors and starts, and bring importance into the form in which it is read; see ``state.bind``."""
         for bound in self.bounds:
             params = bound.params(groups)
-            for param, position in zip(params, (bound.up, bound.down), strict=True):
+            bound.shard(params)
+            for param, position, sharding in zip(params, (bound.up, bound.down), bound.of_factors, strict=True):
                 given = anchors.get(names[bound.group][position]) if anchors else None
+                given = None if given is None else _dtensor.part_of(f"anchor of {bound.name}", given, sharding)
                 kept = state[param]
                 weights = _state.whole(param, kept)
                 if bound.importance is not None and "anchor" not in kept:
@@ -131,10 +148,11 @@ class Space:
                     kept["start"] = kept["anchor"] if shared else weights.clone()
             if record and OMEGA not in state[params[0]]:
                 dtype = _state.compute_dtype(params[0])
-                shape = bound.geometry.shape
+                shape = bound.geometry.shape if bound.rows is None else bound.rows.local_shape
                 state[params[0]][OMEGA] = torch.zeros(shape, dtype=dtype, device=params[0].device)
             if bound.importance is not None:
-                bound.importance = as_matrix(kept_importance(bound, params[0], storage), bound.geometry)
+                bound.importance = as_matrix(kept_importance(bound, params[0], storage))
+                bound.placed = True
 
     def drop_gradients(self) -> None:
         """Forget the dense gradients that ``exact`` gathered."""
@@ -151,26 +169,72 @@ class Space:
         return super().__reduce_ex__(protocol)
 
     def moved(self, bound: Bound, groups: Sequence[Mapping[str, Any]], state: Any) -> Tensor:
-        """Return U_end − U_start (U_end with ``origin="zero"``), dense and shaped as the base weight."""
+        """Return U_end − U_start (U_end with ``origin="zero"``), dense, shaped as what is here of the base weight."""
         up, down = bound.params(groups)
+        shape = bound.geometry.shape if bound.rows is None else bound.rows.local_shape
         after = factors_of(bound, [_state.whole(p, state[p]) for p in (up, down)])
         if self.origin == "zero":
-            return (after.left * bound.geometry.scaling @ after.right).view(bound.geometry.shape)
+            return (after.left * bound.geometry.scaling @ after.right).view(shape)
         before = factors_of(bound, [state[p]["start"] for p in (up, down)])
         left, right = move(before, after, bound.geometry.scaling)
-        return (left @ right).view(bound.geometry.shape)
+        return (left @ right).view(shape)
+
+
+def matrices(bound: Bound, up: Tensor | None, down: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return stacked tensors like B and A as left [P, m, r] and right [P, r, n] of the weight; a missing one is None.
+
+    Of sharded factors they are given as they lie: the left is then the rows of ω that are here, the right is whole.
+    """
+    up, down = (None if side is None else compute(side) for side in (up, down))
+    transposed = bound.geometry.transposed
+    if bound.rows is not None:
+        of_up, of_down = bound.of_factors
+        if transposed:  # the rows of ω are columns of A
+            up = None if up is None else _dtensor.gather_rows(up, _known(of_up))
+        down = None if down is None else _dtensor.gather_rows(down, _known(of_down))
+    left, right = as_factors(up, down, transposed, stacked=True)
+    if transposed and bound.rows is not None and left is not None:
+        left = left[:, bound.rows.rows]
+    return left, right
+
+
+def as_kept(bound: Bound, left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return stacked left [P, m, r] and right [P, r, n] in the shapes of what is here of B and A.
+
+    The inverse of :func:`matrices`.
+    """
+    geometry = bound.geometry
+    up, down = geometry.up.shape, geometry.down.shape
+    if bound.rows is None:
+        return pairs_as_kept(left, right, geometry.transposed, up, down)
+    of_up, of_down = map(_known, bound.of_factors)
+    if not geometry.transposed:
+        b, a = pairs_as_kept(left, right, False, of_up.local_shape, down)
+        return b, None if a is None else a[:, of_down.rows]
+    left = None if left is None else _dtensor.gather_rows(left, bound.rows)
+    b, a = pairs_as_kept(left, right, True, up, down)
+    return None if b is None else b[:, of_up.rows], None if a is None else a[:, of_down.rows]
+
+
+def _known(sharding: Sharding | None) -> Sharding:
+    assert sharding is not None
+    return sharding
 
 
 def factors_of(bound: Bound, tensors: Sequence[Tensor]) -> Product:
-    """Return (B-like, A-like) tensors as the factors of the base weight as a matrix."""
-    up, down = map(compute, tensors)
-    return Product(*bound.geometry.factors(up, down))
+    """Return what is here of (B-like, A-like) as factors of the base weight as a matrix; see :func:`matrices`."""
+    up, down = (tensor.unsqueeze(0) for tensor in tensors)
+    left, right = matrices(bound, up, down)
+    assert left is not None
+    assert right is not None
+    return Product(left.squeeze(0), right.squeeze(0))
 
 
 def kept_importance(bound: Bound, param: Tensor, storage: Storage) -> Encoded:
-    """Return the importance on the parameter's device in the form that the storage options ask for."""
+    """Return the importance of the rows that are here, on the parameter's device, as the storage options ask for."""
     assert bound.importance is not None
-    given = bound.importance.to(param.device)
+    rows = None if bound.placed else bound.sharding(param)
+    given = _state.encoded_part(bound.importance, bound.name, rows).to(param.device)
     if storage.importance is not None or param.dtype is torch.float64:
         kept = fitting(storage.importance or "fp32", bound.geometry.shape, param.dtype)
     else:
@@ -182,11 +246,10 @@ def kept_importance(bound: Bound, param: Tensor, storage: Storage) -> Encoded:
     return Encoded(_ops.decoded(given).to(DTYPES[kept]).contiguous(), None, kept)
 
 
-def as_matrix(importance: Encoded, geometry: LoraPair) -> Encoded:
+def as_matrix(importance: Encoded) -> Encoded:
     """Return it with two dimensions; block codes lie along the last, so that flattening keeps them whole."""
-    rows = geometry.matrix_shape[0]
     scales = importance.scales
     if importance.format == "rank1":
         return importance._replace(scales=None if scales is None else scales.reshape(-1))
-    flat = None if scales is None else scales.reshape(rows, -1)
-    return Encoded(importance.values.reshape(rows, -1), flat, importance.format)
+    flat = None if scales is None else scales.flatten(1)
+    return Encoded(importance.values.flatten(1), flat, importance.format)

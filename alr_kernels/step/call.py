@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _ops
+from .._dtensor import local
 from .plan import HYPER, STATISTICS, Numbers, Operands, Options
 
 if TYPE_CHECKING:
@@ -37,12 +38,15 @@ class Call:
 
     def __init__(self, slots: Sequence[Slot], device: torch.device, stats: bool) -> None:
         self.names = [slot.layer_name for slot in slots]
+        self.sharding = slots[0].sharding  # all are split over the same ranks
         self.keys = [slot.index for slot in slots]
         self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
         self.unit_scales = torch.zeros(len(slots), dtype=torch.float64, device=device)
         self.version = -1  # of the coefficients in unit_scales
         shape = (len(slots), len(STATISTICS))
-        self.statistics = torch.zeros(shape, dtype=torch.float64, device=device) if stats else None
+        self.partial = torch.zeros(shape, dtype=torch.float64, device=device) if stats else None  # of what is here
+        self.statistics = self.partial  # over all ranks
+        self.penalised = False
         self.steps = torch.zeros(len(slots), dtype=torch.float32, device=device)
         self._views = list(self.steps.unbind())
         self._host: tuple[float, ...] = ()
@@ -75,7 +79,10 @@ class Call:
             return [state[key] for state in states]
 
         coded = "exp_avg_scale" in states[0]
-        grads: list[Any] = [param.grad for _, param in rows]
+        params: Any = [param for _, param in rows]
+        grads: Any = [param.grad for param in params]
+        if self.sharding is not None:
+            params, grads = list(map(local, params)), list(map(local, grads))
         importances: Sequence[Any] = ()
         anchors: Sequence[Any] = ()
         scales: Sequence[Any] = ()
@@ -89,7 +96,7 @@ class Call:
             importances, anchors = [x.values for x in kept], column("anchor")
             scales = [x.scales for x in kept] if kept[0].scales is not None else ()
         columns = Operands(
-            params=[param for _, param in rows],
+            params=params,
             grads=grads,
             exp_avgs=column("exp_avg"),
             exp_avg_sqs=column("exp_avg_sq"),
@@ -102,4 +109,4 @@ class Call:
             importance_scales=scales,
         )
         numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys)
-        _ops.step_(columns, numbers, options, self.statistics, backend)
+        _ops.step_(columns, numbers, options, self.partial, backend)

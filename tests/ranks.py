@@ -1,0 +1,63 @@
+"""Several processes for tests of distributed runs: one spawn runs many cases, each reports for itself."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: a rank that failed leaves the others waiting
+
+
+def _rank(rank, world, module, names, folder):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
+    cases = importlib.import_module(module).CASES
+    for name in names:
+        torch.manual_seed(0)
+        began = time.perf_counter()
+        try:
+            function, *arguments = cases[name]
+            function(*arguments, Path(folder))
+            dist.barrier()
+            found = ""
+        except Exception:
+            found = traceback.format_exc()
+        seconds = time.perf_counter() - began
+        Path(folder, f"{names.index(name)}.{rank}.json").write_text(json.dumps([found, seconds]), encoding="utf-8")
+        if found:
+            break  # the others stop at their next collective
+    dist.destroy_process_group()
+
+
+def run(world, module, names):
+    """Run cases of ``module.CASES`` (name → function, arguments) on ``world`` ranks; return name → '' or tracebacks.
+
+    A case that fails on one rank ends the spawn; the rest goes on in a new one.
+    """
+    found = {}
+    names = list(names)
+    while names:
+        with tempfile.TemporaryDirectory() as folder:
+            mp.start_processes(_rank, (world, module, names, folder), world, start_method="spawn")
+            for i, name in enumerate(list(names)):
+                reports = [Path(folder, f"{i}.{rank}.json") for rank in range(world)]
+                texts = [json.loads(path.read_text(encoding="utf-8"))[0] for path in reports if path.exists()]
+                if not texts:
+                    break
+                found[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+                if len(texts) < world and not found[name]:
+                    found[name] = f"only {len(texts)} of {world} ranks came back"
+        names = [name for name in names if name not in found]
+    return found
