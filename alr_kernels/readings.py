@@ -179,10 +179,13 @@ class Readings(Stepping):
             _, param, state = rows[i]
             return state["start"].to(torch.float32 if "remainder" in state else param.dtype)
 
+        placed: list[_dtensor.Sharding | None] = [_dtensor.Sharding.of(slot.name, param) for slot, param, _ in rows]
+        placed += [bound.sharding(self._up(bound)) for bound in pairs]
+        placed = placed if any(placed) else []
         if self._space is None:
-            return Recording(names, omegas, end, start, steps)
+            return Recording(names, omegas, end, start, steps, shardings=placed)
         about = (f"path_integral_{self._space.estimator}", CUT if self._space.estimator == "tangent" else None)
-        return Recording(names, omegas, end, start, steps, *about, whole=not pairs)
+        return Recording(names, omegas, end, start, steps, *about, whole=not pairs, shardings=placed)
 
     def _up(self, bound: Bound) -> Tensor:
         return bound.params(self.param_groups)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import _validate, _validate_lora
-from . import state as _state
+from . import saved as saved_form
 from .readings import Readings
 
 OWN_ATTRIBUTES = (  # what pickle and deepcopy must keep besides torch's own
@@ -32,11 +32,11 @@ class Saving(Readings):
         if self._penalty is not None and self._balance is not None:
             self._penalty.coeffs = self._balance.coeffs()
         balance = self._balance.state() if self._balance else None
-        extra = _state.extras(
+        extra = saved_form.extras(
             self._penalty, self._penalty_form, self._coeffs_choice, self.recorded_steps, balance, self._lora_form
         )
         saved["state"] = {
-            index: _state.wrapped(slot, param, self.state[param])
+            index: saved_form.wrapped(slot, param, self.state[param])
             for index, (_, slot, param) in enumerate(self._members())
             if index in saved["state"]
         }
@@ -52,11 +52,11 @@ class Saving(Readings):
             ValueError: other groups, shapes or importance, or a state saved with amsgrad.
         """
         fingerprint = self._penalty.fingerprint if self._penalty else None
-        state_dict = _state.after_pre_hooks(self, state_dict)
+        state_dict = saved_form.after_pre_hooks(self, state_dict)
         _validate.state_dict(state_dict, self.param_groups, fingerprint, self._penalty_form, self._storage.master)
         _validate_lora.state_dict(state_dict, self.param_groups, list(self._space or ()), self._lora_form)
         saved_groups = state_dict["param_groups"]
-        groups = list(map(_state.loaded_group, self.param_groups, saved_groups))
+        groups = list(map(saved_form.loaded_group, self.param_groups, saved_groups))
         coeffs = saved_groups[0].get("coeffs")
         balance = saved_groups[0].get("balance")
         if self._balance is not None:
@@ -69,12 +69,12 @@ class Saving(Readings):
         if self._balance is None:
             self._coeffs_choice = saved_groups[0].get("coeffs_rule") or self._coeffs_choice
         anchors = {param: state["anchor"] for param, state in self.state.items() if "anchor" in state}
-        _state.load_groups(self, super().load_state_dict, groups)
+        saved_form.load_groups(self, super().load_state_dict, groups)
         keys = [key for group in saved_groups for key in group["params"]]
         for key, (_, slot, param) in zip(keys, self._members(), strict=True):
-            saved, penalised = _state.local_parts(slot, param, state_dict["state"].get(key, {})), slot.penalised
+            saved, penalised = saved_form.local_parts(slot, param, state_dict["state"].get(key, {})), slot.penalised
             factor = slot.bound is not None
-            state = _state.loaded(param, saved, self._storage, penalised, self.record, factor)
+            state = saved_form.loaded(param, saved, self._storage, penalised, self.record, factor)
             if penalised and param in anchors:  # a plain AdamW's state has none: keep ours
                 state.setdefault("anchor", anchors[param])
             if state:

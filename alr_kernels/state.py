@@ -8,8 +8,8 @@ bf16 parameter has its ``remainder``. Anchor and start share one buffer while eq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from .codecs import rounding
 from .codecs.encoded import Encoded
 from .codecs.storage import CODES, DTYPES, Storage, scale_shape
 from .coefficients import DynamicCoeffs, LayerCoefficients, resolve
+from .importance import sharded
 from .importance.artifact import Importance
 from .importance.statistics import Summary
 from .names import LayerBy, layer_of, unwrap
@@ -94,7 +95,7 @@ class Penalty:
         for name in summary:
             entry = importance.encoded(name)
             shardings.append(_dtensor.Sharding.of(name, entry.values))
-            values, scales, kept = encoded_part(entry, name, shardings[-1])
+            values, scales, kept = sharded.encoded_part(entry, name, shardings[-1])
             largest_here = _validate_importance.importance_values(name, values if scales is None else scales)
             if kept == "rank1":
                 largest_here *= _validate_importance.importance_values(name, values)
@@ -187,6 +188,7 @@ def bind(
     slot.sharding = _dtensor.Sharding.of(slot.name, param)
     if slot.sharding is not None:
         _rows_alone(slot, param, storage)
+        slot.offset = slot.sharding.first_element if slot.sharding.by_rows else 0
         anchor = None if anchor is None else _dtensor.part_of(f"anchor of {slot.name}", anchor, slot.sharding)
     if storage.is_split(param) and "remainder" not in state:
         state["remainder"] = dense_like(param, torch.int16).zero_()
@@ -195,11 +197,11 @@ def bind(
     kept = encode(slot, param, storage) if slot.importance is not None else None
     if kept is not None and "anchor" not in state:
         dtype = storage.anchor_dtype(param, exact)
-        state["anchor"] = _in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
+        state["anchor"] = in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
     if record and "path_integral" not in state:
         shared = slot.importance is not None and anchor is None and torch.equal(state["anchor"].to(weights), weights)
         start = param.dtype if exact else torch.float32
-        state["start"] = state["anchor"] if shared else _in_layout_of(param, weights, start, copy=True)
+        state["start"] = state["anchor"] if shared else in_layout_of(param, weights, start, copy=True)
         state["path_integral"] = dense_like(param, compute_dtype(param)).zero_()
     slot.form = (
         storage.state_format(param),
@@ -219,7 +221,7 @@ def encode(slot: Slot, param: Tensor, storage: Storage) -> str:
         values = given._replace(values=given.values.contiguous())
         slot.importance = _ops.merge([values], [None], [kept], (1.0, 0.0))[0][0] if kept != given.format else values
     else:
-        slot.importance = Encoded(_in_layout_of(param, _ops.decoded(given), DTYPES[kept]), None, kept)
+        slot.importance = Encoded(in_layout_of(param, _ops.decoded(given), DTYPES[kept]), None, kept)
     slot.placed = True
     return kept
 
@@ -228,21 +230,7 @@ def local_importance(slot: Slot, param: Tensor) -> Encoded:
     """Return Ω of what is here of a parameter, on its device."""
     assert slot.importance is not None
     sharding = None if slot.placed else _dtensor.Sharding.of(slot.name, param)
-    return encoded_part(slot.importance, slot.name, sharding).to(param.device)
-
-
-def encoded_part(importance: Encoded, name: str, sharding: Sharding | None) -> Encoded:
-    """Return the part of Ω that belongs to what is here of a parameter; without a sharding, all of it."""
-    if _dtensor.is_sharded(importance.values):
-        values = _dtensor.part_of(f"importance of {name}", importance.values, sharding)
-        scales = None if importance.scales is None else _dtensor.local(importance.scales)
-        return Encoded(values, scales, importance.format)
-    if sharding is None:
-        return importance
-    if importance.format in CODES or importance.format == "rank1":
-        _validate_distributed.rows_alone(name, f"{importance.format} importance", sharding.placements, sharding.by_rows)
-        return importance.rows(sharding.rows)
-    return Encoded.dense(_dtensor.part_of(f"importance of {name}", importance.values, sharding))
+    return sharded.encoded_part(slot.importance, slot.name, sharding).to(param.device)
 
 
 def _rows_alone(slot: Slot, param: Tensor, storage: Storage) -> None:
@@ -269,7 +257,8 @@ def whole(param: Tensor, state: Mapping[str, Any]) -> Tensor:
     return rounding.join(here, state["remainder"]) if "remainder" in state else here
 
 
-def _in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+def in_layout_of(param: Tensor, values: Tensor, dtype: torch.dtype, copy: bool = False) -> Tensor:
+    """Return values in the memory layout of what is here of a parameter."""
     values, param = values.detach().resolve_neg(), _dtensor.local(param)
     fits = values.dtype == dtype and values.device == param.device and values.stride() == param.stride()
     return values if fits and not copy else dense_like(param, dtype).copy_(values)
@@ -289,15 +278,6 @@ def start_moments(param: Tensor, state: dict[str, Any], storage: Storage) -> Non
         state |= {moment: dense_like(param, DTYPES[name]).zero_() for moment in MOMENTS}
 
 
-def in_format(name: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
-    """Return the moments, given wide, as they are kept."""
-    if name not in CODES:
-        return {"exp_avg": exp_avg.to(DTYPES[name]), "exp_avg_sq": exp_avg_sq.to(DTYPES[name])}
-    m, v = exp_avg.float().contiguous(), exp_avg_sq.float().contiguous()
-    values = (*codecs.encode_exp_avg(m), *codecs.encode_exp_avg_sq(v.double().sqrt().float(), v))
-    return dict(zip(("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale"), values, strict=True))
-
-
 def wide_moments(saved: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return m and v of a saved state, decoded."""
     m, v = (saved[key].to(device) for key in MOMENTS)
@@ -305,120 +285,3 @@ def wide_moments(saved: Mapping[str, Any], device: torch.device) -> tuple[Tensor
         return m, v
     scales = (saved[f"{key}_scale"].to(device) for key in MOMENTS)
     return codecs.decode_exp_avg(m, next(scales)), codecs.decode_exp_avg_sq(v, next(scales))
-
-
-def loaded(
-    param: Tensor, saved: Mapping[str, Any], storage: Storage, has_importance: bool, record: bool, factor: bool = False
-) -> dict[str, Any]:
-    """Return a parameter's state from a saved one: own copies in our forms, on the parameter's device.
-
-    Moments are decoded and encoded where the forms differ. Anchor, start and ω are taken only where this optimizer
-    uses them.
-    """
-    state: dict[str, Any] = {}
-    if "step" in saved:
-        state["step"] = torch.tensor(float(saved["step"]), dtype=torch.float32).to(param.device)
-    if "exp_avg" in saved:
-        name = storage.state_format(param)
-        if saved["exp_avg"].dtype is (torch.int8 if name in CODES else DTYPES[name]):
-            kept = {key: saved[key].to(param.device) for key in MOMENT_KEYS if key in saved}
-        else:
-            kept = in_format(name, *wide_moments(saved, param.device))
-        for key, value in kept.items():
-            same = value.shape == _dtensor.local(param).shape and name not in CODES
-            state[key] = _in_layout_of(param, value, value.dtype, copy=True) if same else value.clone()
-    if storage.is_split(param) and "remainder" in saved:
-        state["remainder"] = _in_layout_of(param, saved["remainder"].to(param.device), torch.int16, copy=True)
-    if factor:  # of a LoRA pair: its anchor is small and stays exact
-        storage = replace(storage, anchor=None)
-    kinds = {"anchor": storage.anchor_dtype(param)} if has_importance else {}
-    kinds |= {"start": param.dtype, "path_integral": compute_dtype(param)} if record else {}
-    for key, dtype in kinds.items():
-        if (value := saved.get(key)) is not None:
-            inexact = storage.is_split(param) and value.dtype is torch.float32  # a split weight's own value
-            wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else value.dtype
-            kept = wide if inexact else dtype
-            state[key] = _in_layout_of(param, value.to(param.device), kept, copy=True)
-    if record and EFFECTIVE in saved:
-        state[EFFECTIVE] = saved[EFFECTIVE].to(param.device, compute_dtype(param), copy=True)
-    start, anchor = state.get("start"), state.get("anchor")
-    if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
-        state["start"] = anchor
-    return state
-
-
-def local_parts(slot: Slot, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a saved state with what is here of its tensors, which are whole or sharded like the parameter."""
-    sharding = _dtensor.Sharding.of(slot.name, param)
-    of_pair = slot.bound.sharding(param) if slot.bound else None
-    parts: dict[str, Any] = {}
-    for key, value in saved.items():
-        owner = of_pair if key == EFFECTIVE else sharding
-        is_part = isinstance(value, torch.Tensor) and value.ndim > 0
-        parts[key] = _dtensor.part_of(f"{key} of {slot.name}", value, owner) if is_part else value
-    return parts
-
-
-def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state as it is saved: DTensors where the parameter is one, and no tensor twice.
-
-    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here.
-    """
-    saved: dict[str, Any] = dict(state)
-    if "start" in saved and saved["start"] is saved.get("anchor"):
-        saved["start"] = torch.clone(saved["start"])
-    sharding = _dtensor.Sharding.of(slot.name, param)
-    if sharding is None:
-        return saved
-    of_pair = slot.bound.sharding(param) if slot.bound else None
-    for key, value in saved.items():
-        if key == EFFECTIVE and of_pair:
-            saved[key] = of_pair.wrap(value)
-        elif isinstance(value, torch.Tensor) and value.ndim > 0:
-            saved[key] = sharding.wrap(value, scale_shape(param) if key.endswith("_scale") else None)
-    return saved
-
-
-def loaded_group(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a param group's options: the saved ones, ours where it (a plain AdamW's) has none."""
-    ignored = TORCH_ONLY | SAVED_KEYS
-    if saved.get("importance_fingerprint") is None:
-        ignored |= {"reg_lambda"}  # it was saved without a penalty, where λ means nothing
-    options = {key: value for key, value in saved.items() if key not in ignored}
-    merged = {**{key: value for key, value in group.items() if key != "params"}, **options}
-    _validate.group_options(merged, OPTIONS)
-    return merged
-
-
-def extras(
-    penalty: Penalty | None, penalty_form: str, coeffs_choice: Any, recorded_steps: int, balance: dict[str, Any] | None,
-    lora_form: str | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Return what each saved group carries besides torch's keys: :data:`SAVED_KEYS`."""
-    return {
-        "importance_fingerprint": penalty.fingerprint if penalty else None,
-        "penalty_form": penalty_form,
-        "coeffs": dict(penalty.coeffs) if penalty else None,
-        "coeffs_rule": coeffs_choice if isinstance(coeffs_choice, str) else None,
-        "recorded_steps": recorded_steps,
-        "balance": balance,
-        "lora_form": lora_form,
-    }
-
-
-def after_pre_hooks(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Return the state as the hooks of ``register_load_state_dict_pre_hook`` leave it."""
-    state_dict = state_dict.copy()
-    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = hook(optimizer, state_dict) or state_dict
-    return state_dict
-
-
-def load_groups(optimizer: Any, load: Callable[[dict[str, Any]], None], groups: list[dict[str, Any]]) -> None:
-    """Let torch load the groups alone, without running the hooks a second time."""
-    hooks = optimizer._optimizer_load_state_dict_pre_hooks
-    optimizer._optimizer_load_state_dict_pre_hooks = type(hooks)()
-    try:
-        load({"state": {}, "param_groups": groups})
-    finally:
-        optimizer._optimizer_load_state_dict_pre_hooks = hooks

@@ -6,8 +6,6 @@ Gradients are given, the same to both, so that an element's update must be the s
 
 from __future__ import annotations
 
-import copy
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -86,7 +84,10 @@ def give(model, grads):
 
 def same_state(whole, sharded, models, exact=True):
     """Compare weights and everything that is kept, gathered from the state_dict, with the whole run's."""
-    pairs = {name: (p.detach(), q.detach()) for (name, p), (_, q) in zip(*(m.named_parameters() for m in models))}
+    pairs = {
+        name: (p.detach(), q.detach())
+        for (name, p), (_, q) in zip(*(m.named_parameters() for m in models), strict=True)
+    }
     saved = [optimizer.state_dict() for optimizer in (whole, sharded)]
     names = list(pairs)
     for index, state in saved[0]["state"].items():
@@ -100,7 +101,8 @@ def same_state(whole, sharded, models, exact=True):
         if exact:
             assert torch.equal(got, expected), what
         else:
-            torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, msg=lambda text, what=what: f"{what}: {text}")
+            message = lambda text, what=what: f"{what}: {text}"  # noqa: E731
+            torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-7, msg=message)
 
 
 def same_numbers(first, second, tolerance=SUMS):
@@ -134,7 +136,7 @@ def elementwise(kind, options, dtype, folder):
             same_numbers(*(run.stats() for run in runs), STATISTICS)
             same_numbers(*(run.penalty_by_layer() for run in runs))
         else:
-            torch.testing.assert_close(torch.tensor([*runs[1].coeffs.values()]), torch.tensor([*runs[0].coeffs.values()]))
+            same_numbers(*({layer: torch.tensor(x) for layer, x in run.coeffs.items()} for run in runs), STATISTICS)
     if options.get("max_grad_norm"):
         torch.testing.assert_close(runs[1].grad_norm, runs[0].grad_norm, rtol=1e-6, atol=0)
         assert float(runs[0].grad_norm) > 2 * options["max_grad_norm"]

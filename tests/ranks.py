@@ -18,18 +18,23 @@ import torch.multiprocessing as mp
 TIMEOUT = datetime.timedelta(seconds=60)  # of a collective: a rank that failed leaves the others waiting
 
 
-def _rank(rank, world, module, names, folder):
+def cases_of(modules):
+    """Return name → (function, arguments) of all ``CASES`` of these modules."""
+    return {name: case for module in modules for name, case in importlib.import_module(module).CASES.items()}
+
+
+def _rank(rank, world, modules, names, folder, shared):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
-    cases = importlib.import_module(module).CASES
+    cases = cases_of(modules)
     for name in names:
         torch.manual_seed(0)
         began = time.perf_counter()
         try:
             function, *arguments = cases[name]
-            function(*arguments, Path(folder))
+            function(*arguments, Path(shared))
             dist.barrier()
             found = ""
         except Exception:
@@ -41,8 +46,8 @@ def _rank(rank, world, module, names, folder):
     dist.destroy_process_group()
 
 
-def run(world, module, names):
-    """Run cases of ``module.CASES`` (name → function, arguments) on ``world`` ranks; return name → '' or tracebacks.
+def run(world, modules, names, shared):
+    """Run these cases on ``world`` ranks, with a folder that all see; return name → '' or tracebacks.
 
     A case that fails on one rank ends the spawn; the rest goes on in a new one.
     """
@@ -50,7 +55,7 @@ def run(world, module, names):
     names = list(names)
     while names:
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_rank, (world, module, names, folder), world, start_method="spawn")
+            mp.start_processes(_rank, (world, modules, names, folder, str(shared)), world, start_method="spawn")
             for i, name in enumerate(list(names)):
                 reports = [Path(folder, f"{i}.{rank}.json") for rank in range(world)]
                 texts = [json.loads(path.read_text(encoding="utf-8"))[0] for path in reports if path.exists()]

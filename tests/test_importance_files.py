@@ -14,7 +14,7 @@ from cases import BF16, F16, F32, F64, same_bits
 from forms import ALPHAS, BLOCKS, fitting, mixed_model, new, steps
 
 from alr_kernels import AlrAdamW, Importance, ImportanceRecorder, _ops, state
-from alr_kernels.importance import ImportanceWriter, TensorStats, files
+from alr_kernels.importance import ImportanceWriter, TensorStats, scratch
 
 KINDS = ("fp32", "bf16", "int8", "int4")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -303,7 +303,7 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
 
 
 def test_a_scratch_file_that_is_taken_for_abandoned_is_made_again(tmp_path, monkeypatch):
-    lock, taken = files._lock, []
+    lock, taken = scratch._lock, []
 
     def late(handle):
         if not taken:
@@ -311,7 +311,7 @@ def test_a_scratch_file_that_is_taken_for_abandoned_is_made_again(tmp_path, monk
             taken[0].unlink()
         return lock(handle)
 
-    monkeypatch.setattr(files, "_lock", late)
+    monkeypatch.setattr(scratch, "_lock", late)
     with ImportanceWriter(tmp_path / "i.safetensors", {"w": (2,)}) as writer:
         writer.add("w", torch.ones(2))
     assert Importance.load(tmp_path / "i.safetensors")["w"].tolist() == [1.0, 1.0]

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .. import _validate, _validate_importance
+from .. import _dtensor, _validate, _validate_importance
 from ..codecs.encoded import Encoded
 from ..codecs.storage import fitting, parse
 from ..names import LayerBy, layer_of, unwrap
-from . import files
+from . import files, sharded
 from .statistics import STATISTICS, TensorStats
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ class Importance(Mapping[str, "Tensor"]):
     """Element-wise importance Ω ≥ 0 by parameter name, read-only, with how it was made.
 
     ``importance[name]`` is Ω as floats: decoded anew at each look where it is kept as something else.
-    ``encoded(name)`` is what is kept.
+    ``encoded(name)`` is what is kept. Recorded on sharded parameters, both are DTensors, statistics are of all ranks,
+    and whatever is computed or saved needs a call on every rank.
 
     Args:
         tensors: name → Ω, floating-point tensors shaped as their parameters, or encoded ones. Names are unwrapped.
@@ -78,12 +79,12 @@ class Importance(Mapping[str, "Tensor"]):
         self.is_normalized = normalized
         self.cut = cut
         given = {unwrap(name): row for name, row in (stats or {}).items()}
-        self._stats = {name: given.get(name) or TensorStats.of(entry, name) for name, entry in self._entries.items()}
+        self._stats = {
+            name: given.get(name) or sharded.statistics_of(entry, name) for name, entry in self._entries.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
-        from .. import _ops
-
-        return _ops.decoded(self.encoded(name))
+        return sharded.decoded(self.encoded(name), name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -253,23 +254,26 @@ class Importance(Mapping[str, "Tensor"]):
         self, other: Importance | None, weights: tuple[float, float] | None, formats: Mapping[str, str]
     ) -> Importance:
         """Return a·Ω_a + b·Ω_b (max without weights) in given formats, or where none is given as it is kept here."""
-        from .. import _ops
-
         names = [*self, *(name for name in other or () if name not in self)]
         device = next(iter(self._entries.values())).values.device if self._entries else torch.device("cpu")
-        seconds = [
-            other._entries[name].to(device) if other is not None and name in other._entries else None for name in names
-        ]
+        pairs = [[None if x is None else x._entries.get(name) for x in (self, other)] for name in names]
+        placed = [sharded.of_pair(name, *pair) for name, pair in zip(names, pairs, strict=True)]
+        firsts, seconds = (
+            [sharded.part(name, x, s, device) for name, x, s in zip(names, column, placed, strict=True)]
+            for column in zip(*pairs, strict=True)
+        )
         kept = [formats.get(name) or _mergeable_format(self._entries[name].format) for name in names]
-        entries, table, counts = _ops.merge([self._entries.get(name) for name in names], seconds, kept, weights)
+        sharded.check_rows(names, kept, placed)
+        entries, table, counts = sharded.merge(firsts, seconds, kept, weights, placed)
+        entries = list(map(sharded.wrapped, entries, placed))
         stats = {}
         for name, row, histogram in zip(names, table, counts, strict=True):
-            pair = [x._stats.get(name) if x is not None else None for x in (self, other)]
+            known = [x._stats.get(name) if x is not None else None for x in (self, other)]
             _validate_importance.importance_range(name, float(row[MAXIMUM]))
             stats[name] = TensorStats.of_row(row, histogram, False)._replace(
-                path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in pair], pair),
-                negative_mass=_linear(weights, [past and past.negative_mass for past in pair], pair),
-                nonfinite=sum(past.nonfinite for past in pair if past is not None),
+                path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in known], known),
+                negative_mass=_linear(weights, [past and past.negative_mass for past in known], known),
+                nonfinite=sum(past.nonfinite for past in known if past is not None),
             )
         return self._like(dict(zip(names, entries, strict=True)), stats)
 
@@ -291,10 +295,14 @@ class Importance(Mapping[str, "Tensor"]):
         Raises:
             ValueError: the name does not end in ``.safetensors``.
             OSError: the folder does not exist or cannot be written.
+
+        Sharded importance is saved by a call on every rank: each writes its rows into the same file, in a folder that
+        all of them see.
         """
         about = self._about()
         layout = {name: (entry.format, tuple(entry.shape)) for name, entry in self._entries.items()}
-        with files.ImportanceWriter.of_layout(path, layout, about) as writer:
+        shardings = [_dtensor.Sharding.of(name, entry.values) for name, entry in self._entries.items()]
+        with files.ImportanceWriter.of_layout(path, layout, about, shardings) as writer:
             for name, entry in self._entries.items():
                 writer.add(name, entry, self._stats[name])
 
@@ -333,17 +341,18 @@ def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     depends on rounding, and different when values change places.
     """
     return files.digest(
-        f"{name}{tuple(tensor.shape)}{tensor.dtype}{_checksum(tensor.detach())}"
+        f"{name}{tuple(tensor.shape)}{tensor.dtype}{sharded.checksum(_checksum, tensor.detach(), name)}"
         for name, tensor in sorted(tensors.items())
     )
 
 
-def _checksum(tensor: Tensor, chunk: int = 2**20) -> int:
+def _checksum(tensor: Tensor, first: int = 0, chunk: int = 2**20) -> int:
+    """Return Σ bits · (index + 1) modulo 2^64 of a part of a tensor that begins at index ``first``."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     bits = tensor.contiguous().view(-1).view(integer)
     position = torch.arange(1, chunk + 1, device=bits.device)
     total = 0
     for start in range(0, bits.numel(), chunk):
         part = bits[start : start + chunk].long()
-        total += int((part * position[: part.numel()]).sum()) + start * int(part.sum())
+        total += int((part * position[: part.numel()]).sum()) + (first + start) * int(part.sum())
     return total % 2**64

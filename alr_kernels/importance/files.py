@@ -8,34 +8,32 @@ table is written at once and each tensor into its place as it comes: no more tha
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import json
 import math
 import os
 import struct
-import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .. import _validate, _validate_importance
+from .. import _validate, _validate_distributed, _validate_importance
 from .._version import __version__
 from ..codecs.encoded import Encoded
 from ..codecs.reference import BLOCK
 from ..codecs.storage import CODES, IN_TWO, fitting, parse
 from ..names import unwrap
+from . import sharded
+from .job import Job
+from .scratch import Scratch
 from .statistics import BINS, STATISTICS, TensorStats, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-try:
-    import fcntl
-except ImportError:  # Windows: what killed writers leave stays
-    fcntl = None  # type: ignore[assignment]
+    from .._dtensor import Sharding
 
 FORMAT = "alr_kernels.importance"
 FORMAT_VERSION = 3  # of files with rank1 in them; others stay 2, which older versions read. 1 was never released
@@ -132,31 +130,61 @@ class ImportanceWriter:
         _validate.distinct_names(unwrap(name) for name in shapes)
         layout = {unwrap(name): tuple(shape) for name, shape in shapes.items()}
         about = About(method, xi, relative, steps, normalized)
-        self._open(path, {name: (fitting(kept, shape), shape) for name, shape in layout.items()}, about)
+        self._open(path, {name: (fitting(kept, shape), shape) for name, shape in layout.items()}, about, Job(()))
 
     @classmethod
-    def of_layout(cls, path: str | os.PathLike[str], layout: Layout, about: About) -> ImportanceWriter:
-        """Return a writer of tensors in given formats."""
+    def of_layout(
+        cls, path: str | os.PathLike[str], layout: Layout, about: About, shardings: Iterable[Sharding | None] = ()
+    ) -> ImportanceWriter:
+        """Return a writer of tensors in given formats; of sharded ones every rank writes its rows into the one file."""
         writer = cls.__new__(cls)
-        writer._open(path, layout, about)
+        writer._open(path, layout, about, Job(shardings))
         return writer
 
-    def _open(self, path: str | os.PathLike[str], layout: Layout, about: About) -> None:
+    def _open(self, path: str | os.PathLike[str], layout: Layout, about: About, job: Job) -> None:
         self._target = _validate_importance.importance_path(path)
         _validate_importance.file_names(layout)
-        self._layout = layout
+        self._layout, self._job = layout, job
         self._stats: dict[str, TensorStats] = {}
         header, self._places = _header(layout, about)
         self._size = max((end for _, end in self._places.values()), default=len(header))
-        self._scratch: Scratch | None = Scratch(self._target)
-        self._file: Any = self._scratch.file
-        try:
-            self._file.write(header)
-            self._file.flush()
-            self._file.truncate(self._size)
-        except OSError:
+        self._scratch: Scratch | None = None
+        self._file: Any = None
+        self._failed = ""  # why this rank could not write; the others must not be left waiting
+        with self._together():
+            if job.rank == 0:
+                self._scratch = Scratch(self._target)
+                self._file = self._scratch.file
+                self._file.write(header)
+                self._file.flush()
+                self._file.truncate(self._size)
+        if job.size > 1:
+            self._join()
+        self._open_now = True
+
+    def _join(self) -> None:
+        """Open on every rank the file that rank 0 began."""
+        path = self._job.told(None if self._failed or self._scratch is None else str(self._scratch.path))
+        if path is None:
+            _validate_distributed.several_writers_failed(str(self._target), [self._job.told(self._failed)])
+        missing = [rank for rank, found in enumerate(self._job.all(os.path.exists(path))) if not found]
+        if missing:
             self.abort()
-            raise
+        _validate_distributed.shared_folder(str(self._target), missing)
+        if self._job.rank > 0:
+            with self._together():
+                self._file = open(path, "r+b")  # noqa: SIM115 - until close() or abort()
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Let a failure of this rank alone be told when all are done; without others it is raised here."""
+        try:
+            yield
+        except OSError as error:
+            if self._job.size == 1:
+                self.abort()
+                raise
+            self._failed = self._failed or f"rank {self._job.rank}: {error}"
 
     def __enter__(self) -> ImportanceWriter:
         return self
@@ -180,7 +208,7 @@ class ImportanceWriter:
         from .. import _ops
 
         name = unwrap(name)
-        if self._scratch is None:
+        if not self._open_now:
             _validate_importance.closed_writer()
         if not isinstance(importance, Encoded):
             _validate_importance.importance_tensor(name, importance)
@@ -188,7 +216,7 @@ class ImportanceWriter:
         kept, shape = self._layout[name]
         given = importance if isinstance(importance, Encoded) else Encoded.dense(importance.detach())
         _validate_importance.entry_shape(name, given.shape, shape)
-        row = stats or TensorStats.of(importance, name)
+        row = stats or sharded.statistics_of(importance, name)
         if given.format != kept:
             given = _ops.merge([given], [None], [kept], (1.0, 0.0))[0][0]
         self._put(name, given.values)
@@ -198,10 +226,15 @@ class ImportanceWriter:
 
     def _put(self, name: str, tensor: Tensor) -> None:
         begin, end = self._places[name]
-        data = tensor.detach().cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-        assert data.nbytes == end - begin, name
-        self._file.seek(begin)
-        self._file.write(data)
+        found = self._job.writes(tensor.detach(), name)
+        if found is None or self._failed:
+            return
+        part, offset = found
+        data = part.cpu().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+        assert begin + offset + data.nbytes <= end if self._job.size > 1 else data.nbytes == end - begin, name
+        with self._together():
+            self._file.seek(begin + offset)
+            self._file.write(data)
 
     def close(self) -> None:
         """Flush to disk and put the file in its place.
@@ -209,53 +242,40 @@ class ImportanceWriter:
         Raises:
             ValueError: a tensor is missing; the file that was there stays.
         """
-        if self._scratch is None:
+        if not self._open_now:
             return
         try:
             _validate_importance.complete_file(str(self._target), self._layout, self._stats)
             table, counts = stacked(self._stats[name] for name in self._layout)
             self._put(STATISTICS_NAME, table)
             self._put(HISTOGRAM_NAME, counts)
-            self._scratch.publish()
+            self._publish()
         finally:
             self.abort()
 
+    def _publish(self) -> None:
+        if self._job.size > 1:
+            with self._together():
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            reasons = [reason for reason in self._job.all(self._failed) if reason]
+            if reasons:
+                _validate_distributed.several_writers_failed(str(self._target), reasons)
+        with self._together():
+            if self._scratch is not None:
+                self._scratch.publish()
+        if self._job.size > 1 and (reason := self._job.told(self._failed)):
+            _validate_distributed.several_writers_failed(str(self._target), [reason])
+
     def abort(self) -> None:
         """Give up and remove what was written; a file that was there stays. Does nothing after :meth:`close`."""
+        self._open_now = False
         if self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             scratch.discard()
-
-
-class Scratch:
-    """A file beside its target that takes its place once it is whole; until then the target stays as it is."""
-
-    def __init__(self, target: Path) -> None:
-        _remove_abandoned(target)
-        self._target = target
-        while True:
-            handle, path = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
-            self.path, self.file = Path(path), os.fdopen(handle, "w+b")
-            _lock(self.file.fileno())
-            if self.path.exists():  # else another writer took it for abandoned before it was locked
-                break
-            self.file.close()
-
-    def publish(self) -> None:
-        """Flush to disk, with the permissions of a new file, and rename over the target."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.umask(umask := os.umask(0o077))  # the only way to read it; a scratch file is private
-        os.fchmod(self.file.fileno(), 0o666 & ~umask)
-        os.replace(self.path, self._target)
-
-    def discard(self) -> None:
-        """Close, and remove what was not published."""
-        try:
-            self.path.unlink(missing_ok=True)
-        finally:
-            with contextlib.suppress(OSError):  # what is still buffered may not fit on the disk
-                self.file.close()
+        elif self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
 
 
 def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -284,25 +304,6 @@ def _header(layout: Layout, about: About) -> tuple[bytes, dict[str, tuple[int, i
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     start = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: (start + a, start + b) for name, (a, b) in offsets.items()}
-
-
-def _lock(handle: int) -> bool:
-    """Mark a file as being written, for other processes, until it is closed; whether nobody else has."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks
-        return False
-    return True
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what writers of this file left that were killed: nobody holds its lock any more."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
-        with contextlib.suppress(OSError), open(path, "rb") as left:
-            if _lock(left.fileno()):
-                path.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str], device: str) -> tuple[dict[str, Encoded], dict[str, TensorStats], About]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _ops, _validate, _validate_importance
+from .._dtensor import Sharding, local
 from ..codecs.storage import fitting, parse
 from ..names import unwrap
+from . import sharded
 from .artifact import Importance
 from .files import About, ImportanceWriter
 from .statistics import TensorStats
@@ -33,6 +35,7 @@ class Recording(NamedTuple):
     method: str = "path_integral"
     cut: float | None = None
     whole: bool = True  # finalise all in one call; False: one after the other, as each end is made when asked for
+    shardings: Sequence[Sharding | None] = ()  # of each, where any is sharded: the tensors are then what is here
 
     def finalised(self, xi: float, relative: bool, allow_nonfinite: bool, dtype: str | torch.dtype) -> Importance:
         """Return the importance."""
@@ -43,9 +46,10 @@ class Recording(NamedTuple):
         for part in [numbers] if self.whole else [range(i, i + 1) for i in numbers]:
             omegas, kept = ([values[i] for i in part] for values in (self.path_integrals, formats))
             ends, starts = ([*map(each, part)] for each in (self.end, self.start))
-            found, table, counts = _ops.finalise(omegas, ends, starts, kept, xi, relative)
+            placed = [self._sharding(i) for i in part]
+            found, table, counts = sharded.finalise(omegas, ends, starts, kept, xi, relative, placed)
             names = [self.names[i] for i in part]
-            entries |= zip(names, found, strict=True)
+            entries |= zip(names, map(sharded.wrapped, found, placed), strict=True)
             stats |= zip(names, map(TensorStats.of_row, table, counts), strict=True)
         _validate_importance.finite_recording({name: row.nonfinite for name, row in stats.items()}, allow_nonfinite)
         return Importance(entries, stats=stats, **about._asdict())
@@ -60,13 +64,15 @@ class Recording(NamedTuple):
     ) -> None:
         """Finalise into a file, tensor by tensor: memory holds the importance of one."""
         about, formats = self._about(xi, relative), self._formats(dtype)
-        shapes = [tuple(path_integral.shape) for path_integral in self.path_integrals]
+        shapes = [tuple(self._shape(i)) for i in range(len(self.names))]
         layout = dict(zip(self.names, zip(formats, shapes, strict=True), strict=True))
         nonfinite = {}
-        with ImportanceWriter.of_layout(path, layout, about) as writer:
+        with ImportanceWriter.of_layout(path, layout, about, self.shardings) as writer:
             for i, name in enumerate(self.names):
                 lists = [self.path_integrals[i]], [self.end(i)], [self.start(i)], [formats[i]]
-                (entry,), table, counts = _ops.finalise(*lists, xi, relative)
+                placed = self._sharding(i)
+                (entry,), table, counts = sharded.finalise(*lists, xi, relative, [placed])
+                entry = sharded.wrapped(entry, placed)
                 del lists
                 stats = TensorStats.of_row(table[0], counts[0])
                 nonfinite[name] = stats.nonfinite
@@ -79,7 +85,17 @@ class Recording(NamedTuple):
 
     def _formats(self, dtype: str | torch.dtype) -> list[str]:
         kept = parse("dtype", dtype)
-        return [fitting(kept, omega.shape, omega.dtype) for omega in self.path_integrals]
+        formats = [fitting(kept, self._shape(i), omega.dtype) for i, omega in enumerate(self.path_integrals)]
+        sharded.check_rows(self.names, formats, [self._sharding(i) for i in range(len(formats))])
+        return formats
+
+    def _sharding(self, i: int) -> Sharding | None:
+        return self.shardings[i] if self.shardings else None
+
+    def _shape(self, i: int) -> Sequence[int]:
+        """Return the shape of the whole tensor."""
+        placed = self._sharding(i)
+        return self.path_integrals[i].shape if placed is None else placed.shape
 
 
 class ImportanceRecorder:
@@ -160,12 +176,13 @@ class ImportanceRecorder:
             if name not in self._starts:
                 if param.grad is None and not param.requires_grad:
                     continue  # frozen; recorded from its first gradient on
-                self._starts[name] = param.detach().clone()
+                here = local(param).detach()
+                self._starts[name] = here.clone()
                 self._previous[name] = self._starts[name].clone()
                 compute = torch.promote_types(param.dtype, torch.float32)
-                self._path_integrals[name] = torch.zeros_like(param, dtype=compute)
-            elif self._versions.get(name) != (param.data_ptr(), param._version):
-                self._previous[name].copy_(param)  # moved between two steps: that move is not the optimizer's
+                self._path_integrals[name] = torch.zeros_like(here, dtype=compute)
+            elif self._versions.get(name) != _version(param):
+                self._previous[name].copy_(local(param))  # moved between two steps: that move is not the optimizer's
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -178,14 +195,14 @@ class ImportanceRecorder:
                 if names:
                     _ops.accumulate_(
                         [self._path_integrals[name] for name in names],
-                        [self._params[name].grad for name in names],
-                        [self._params[name] for name in names],
+                        [local(self._params[name].grad) for name in names],
+                        [local(self._params[name]) for name in names],
                         [self._previous[name] for name in names],
                         maximize=maximize,
                     )
             self.steps += 1
         for name, param in self._params.items():
-            self._versions[name] = (param.data_ptr(), param._version)
+            self._versions[name] = _version(param)
 
     def finalise(
         self,
@@ -220,10 +237,18 @@ class ImportanceRecorder:
     def _recording(self) -> Recording:
         _validate_importance.recording(True, bool(self._starts))
         names = list(self._starts)
+        placed = [Sharding.of(name, self._params[name]) for name in names]
         return Recording(
             names,
             [self._path_integrals[name] for name in names],
-            lambda i: self._params[names[i]],
+            lambda i: local(self._params[names[i]]),
             lambda i: self._starts[names[i]],
             self.steps,
+            shardings=placed if any(placed) else (),
         )
+
+
+def _version(param: Tensor) -> tuple[int, int]:
+    """Return what changes when a weight is replaced or written to."""
+    here = local(param)
+    return here.data_ptr(), here._version

@@ -17,6 +17,7 @@ from .. import _dtensor, _ops, _validate_distributed, _validate_lora
 from .. import state as _state
 from ..codecs.encoded import Encoded
 from ..codecs.storage import CODES, DTYPES, Storage, fitting
+from ..importance.sharded import encoded_part
 from ..names import unwrap
 from .pairs import Known, LoraPairs, as_factors
 from .pairs import as_kept as pairs_as_kept
@@ -234,7 +235,7 @@ def kept_importance(bound: Bound, param: Tensor, storage: Storage) -> Encoded:
     """Return the importance of the rows that are here, on the parameter's device, as the storage options ask for."""
     assert bound.importance is not None
     rows = None if bound.placed else bound.sharding(param)
-    given = _state.encoded_part(bound.importance, bound.name, rows).to(param.device)
+    given = encoded_part(bound.importance, bound.name, rows).to(param.device)
     if storage.importance is not None or param.dtype is torch.float64:
         kept = fitting(storage.importance or "fp32", bound.geometry.shape, param.dtype)
     else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ... import _validate, _validate_estimators, _validate_importance
 from ..artifact import content_fingerprint
 from ..files import FORMAT as IMPORTANCE_FORMAT
-from ..files import Scratch
+from ..scratch import Scratch
 
 FORMAT = "alr_kernels.importance.partial"
 FORMAT_VERSION = "1"

@@ -1,0 +1,174 @@
+"""One importance file whatever the layout, and checkpoints that load on another number of ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from distributed_cases import (
+    LEAN,
+    STATISTICS,
+    Weights,
+    give,
+    gradients,
+    importance_of,
+    mesh_of,
+    part,
+    same_state,
+    shard,
+)
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from alr_kernels import AlrAdamW, Importance
+
+HYPER = {"lr": 1e-2, "weight_decay": 0.1, "reg_lambda": 0.3}
+
+
+def recorded(model, steps, **options):
+    run = AlrAdamW(model.named_parameters(), record=True, **HYPER, **options)
+    for step in range(steps):
+        give(model, gradients(step, next(model.parameters()).dtype))
+        run.step()
+    return run
+
+
+def same_importance(expected, got, exact=True):
+    """Both whole, or the second sharded."""
+    assert list(got) == list(expected)
+    assert got.fingerprint == expected.fingerprint
+    assert (got.method, got.xi, got.steps) == (expected.method, expected.xi, expected.steps)
+    for name in expected:
+        a, b = expected.encoded(name), got.encoded(name)
+        assert (a.format, a.shape) == (b.format, b.shape)
+        for x, y in ((a.values, b.values), (a.scales, b.scales)):
+            if x is None:
+                assert y is None
+                continue
+            if isinstance(y, DTensor):
+                x, y = part(x, y).to_local(), y.to_local()
+            if exact and a.format != "rank1":
+                assert torch.equal(x, y), name
+            else:
+                torch.testing.assert_close(y, x, rtol=1e-6, atol=0.0)
+        row, other = expected.stats[name], got.stats[name]
+        assert (row.numel, row.nonfinite, row.max, row.histogram) == (
+            other.numel, other.nonfinite, other.max, other.histogram,
+        )  # fmt: skip
+        torch.testing.assert_close(torch.tensor(other.row()), torch.tensor(row.row()), **STATISTICS, equal_nan=True)
+
+
+def one_file(kind, dtype, relative, folder):
+    """What the ranks write together is what one process writes, and every process loads it."""
+    models = Weights(), shard(Weights(), *mesh_of(kind))
+    runs = [recorded(model, 3) for model in models]
+    paths = [folder / f"{kind}-{dtype}-{relative}-{which}.safetensors" for which in ("whole", "sharded", "kept")]
+    options = {"xi": 1e-3, "relative": relative, "dtype": dtype}
+    if dist.get_rank() == 0:
+        runs[0].save_importance(paths[0], **options)
+    runs[1].save_importance(paths[1], **options)
+    kept = runs[1].recorded_importance(**options)
+    kept.save(paths[2])
+    dist.barrier()
+    expected = Importance.load(paths[0])
+    for got in (kept, Importance.load(paths[1]), Importance.load(paths[2])):
+        same_importance(expected, got, exact=not relative)
+    assert not list(folder.glob("*.partial"))
+    if not relative and dtype != "rank1":
+        assert kept.content_fingerprint == expected.content_fingerprint
+        assert Importance.load(paths[1]).content_fingerprint == expected.content_fingerprint
+    assert expected.nbytes == Importance.load(paths[1]).nbytes
+
+
+def importance_stays_sharded(folder):
+    """What was recorded goes into the next phase, merged, normalised and encoded, without becoming whole."""
+    models = Weights(), shard(Weights(), *mesh_of("rows"))
+    runs = [recorded(model, 2) for model in models]
+    kept = [run.recorded_importance(xi=1e-3) for run in runs]
+    earlier = importance_of(models[0], seed=9).normalized()
+    for change in (
+        lambda x: x.normalized(),
+        lambda x: x.normalized().merged(earlier, "decayed", 0.5),
+        lambda x: x.normalized().astype("int8").merged(earlier, "max"),
+        lambda x: x.astype("int4"),
+        lambda x: x.select(["layers.1.vector", "layers.0.uneven.weight"]),
+    ):
+        expected, got = (change(x) for x in kept)
+        same_importance(expected, got, exact=False)
+    for run, importance in zip(runs, kept, strict=True):
+        run.start_phase(importance.normalized().merged(earlier, "decayed", 0.5).astype("int8"))
+    assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-9) for layer, alpha in runs[0].coeffs.items()}
+    for model, run in zip(models, runs, strict=True):
+        give(model, gradients(7))
+        run.step()
+    same_state(*runs, models, exact=False)
+
+
+VARIANTS = {
+    "fp32": ({}, torch.float32),
+    "lean": (LEAN, torch.float32),
+    "split": (LEAN | {"master": "split", "coeffs": "uniform"}, torch.bfloat16),
+}
+
+
+def fresh(variant, sharded, meta=False):
+    options, dtype = VARIANTS[variant]
+    with torch.device("meta" if meta else "cpu"):
+        model = Weights(dtype)
+    importance = importance_of(Weights(dtype))
+    if sharded:
+        fully_shard(model)
+    if meta:
+        model.to_empty(device="cpu")
+    return model, AlrAdamW(model.named_parameters(), importance, record=True, **HYPER, **options)
+
+
+def advance(variant, model, run, steps):
+    for step in steps:
+        if step == 1:
+            run.restart_recording()  # from here on the start is not the anchor
+        give(model, gradients(step, VARIANTS[variant][1]))
+        run.step()
+
+
+def save_checkpoint(variant, folder):
+    model, run = fresh(variant, True)
+    advance(variant, model, run, range(3))
+    kept = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, run)}
+    dcp.save(kept, checkpoint_id=folder / f"dcp-{variant}")
+
+
+def load_checkpoint(variant, meta, folder):
+    """Load what another number of ranks saved, and go on as if nothing had happened."""
+    sharded = dist.is_initialized()
+    model, run = fresh(variant, sharded, meta)
+    kept = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, run)}
+    dcp.load(kept, checkpoint_id=folder / f"dcp-{variant}")
+    set_model_state_dict(model, kept["model"])
+    set_optimizer_state_dict(model, run, kept["optim"])
+    advance(variant, model, run, range(3, 5))
+    whole, straight = fresh(variant, False)
+    advance(variant, whole, straight, range(5))
+    same_state(straight, run, (whole, model))
+    assert run.recorded_steps == straight.recorded_steps == 4
+
+
+FORMATS = [("rows", kept, False) for kept in ("fp32", "bf16", "int8", "int4", "rank1")]
+CASES = {
+    **{f"file {kind} {kept}{' relative' * rel}": (one_file, kind, kept, rel) for kind, kept, rel in [
+        *FORMATS, ("rows", "fp32", True), ("hsdp", "int4", False), ("columns", "fp32", False),
+        ("replicate", "int8", False),
+    ]},
+    "importance stays sharded": (importance_stays_sharded,),
+    **{f"save {variant}": (save_checkpoint, variant) for variant in VARIANTS},
+}  # fmt: skip
+LOADS = {f"load {variant}{' meta' * meta}": (load_checkpoint, variant, meta) for variant, meta in [
+    ("fp32", False), ("lean", False), ("split", False), ("lean", True),
+]}  # fmt: skip
