@@ -210,6 +210,7 @@ def registers(build: Build) -> int:
     coded = build.exp_avg == tl.int8
     pressure = build.statistics + (coded and build.statistics + build.record)
     pressure += coded and build.precise and build.master != "split"
+    pressure += not coded and build.bits > 0 and build.record and build.precise and build.master == "stochastic"
     return (128, 168, 255)[min(pressure, 2)]
 
 

@@ -212,10 +212,9 @@ def mix(x):
 def noise(key, first, places):
     # 32 random bits of the elements first + places (int64, int32), a function of key and index alone. The sum may carry
     # into the upper half.
-    low = (first & 0xFFFFFFFF).to(tl.uint32) + places.to(tl.uint32)
-    carry = tl.where(low < places.to(tl.uint32), 0x9E3779B9, 0).to(tl.uint32)
-    high = (first >> 32).to(tl.uint32)
-    return mix((low ^ key) + high * 0x9E3779B9 + carry)
+    low = (first & 0xFFFFFFFF) + places  # int64: fewest instructions and registers, of seven ways to carry
+    high = (first >> 32) + (low >> 32)
+    return mix((low.to(tl.uint32) ^ key) + high.to(tl.uint32) * 0x9E3779B9)
 
 
 @jit
