@@ -23,8 +23,8 @@ RANDOM = [
     Case("split", "bf16", "int8", "int4", "bf16"),  # the loop of its own
 ]
 cases = pytest.mark.parametrize("case", RANDOM, ids=name_of)
-# Where the whole begins. The first tensor's indices outgrow 32 bits within a tile of the fourth rank, within a vector of
-# the first; those of its blocks within a tile of the fourth.
+# Where the whole begins. The first tensor's indices outgrow 32 bits within a tile of the fourth rank, within a vector
+# of the first; those of its blocks within a tile of the fourth.
 STARTS = (0, 2**32 - 11 * 128, 2**32 - 101, 2**39 - 10 * 128, 5 * 2**32 + 77, 2**62)
 CUTS = ((0, 1, 1, 4, 9), (0, 3, 5, 5, 5))  # rows of two tensors, for four ranks: uneven, some empty
 
