@@ -96,6 +96,9 @@ def step_eager(
     if not operands.params:
         return
     chosen = choose_step_backend(backend, operands.params[0].device, operands.params[0].dtype)
+    if numbers.offsets:
+        coded = operands.exp_avgs[0].dtype is torch.int8
+        _validate.offsets(numbers.offsets, len(operands.params), codecs_reference.BLOCK if coded else 1)
     # kernels read memory, where a lazy sign is not applied yet
     columns: Any = {**operands._asdict(), "grads": [grad.resolve_neg() for grad in operands.grads]}
     write_back: list[tuple[Tensor, Tensor]] = []
@@ -264,7 +267,7 @@ def step_(
     Source: arXiv 2501.13669, eq. 7 (coupled); the proximal step is derived in docs/method.md.
     """
     if torch.compiler.is_compiling():
-        flat = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, statistics, *options)
+        flat = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, numbers.offsets, statistics, *options)
         torch.ops.alr_kernels.step_(*operands, *flat, backend=backend)
     else:
         step_eager(operands, numbers, options, statistics, backend)

@@ -17,10 +17,11 @@ from .step.plan import Numbers, Operands, Options
 def _step_flat(*args: Any, backend: str = "auto") -> None:
     """Take the registered op's flat arguments apart."""
     lists, rest = args[: len(Operands._fields)], args[len(Operands._fields) :]
-    (steps, hyper, unit_scales, keys, statistics), options = rest[:5], list(rest[5:])
+    (steps, hyper, unit_scales, keys, offsets, statistics), options = rest[:6], list(rest[6:])
     if len(options) > len(Options._fields):
         backend = options.pop()
-    _ops.step_eager(Operands(*lists), Numbers(hyper, steps, unit_scales, keys), Options(*options), statistics, backend)
+    numbers = Numbers(hyper, steps, unit_scales, keys, offsets)
+    _ops.step_eager(Operands(*lists), numbers, Options(*options), statistics, backend)
 
 
 def _accumulate_flat(*args: Any, **kwargs: Any) -> None:
@@ -48,7 +49,7 @@ _LIBRARY.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor[] importances, Tensor[] anchors, Tensor(d!)[] path_integrals, Tensor(e!)[] remainders, "
     "Tensor(f!)[] exp_avg_scales, Tensor(g!)[] exp_avg_sq_scales, Tensor[] importance_scales, "
-    "Tensor[] steps, Tensor hyper, Tensor unit_scales, int[] keys, Tensor(h!)? statistics, "
+    "Tensor[] steps, Tensor hyper, Tensor unit_scales, int[] keys, int[] offsets, Tensor(h!)? statistics, "
     "str penalty_mode, bool maximize, bool precise, str master, int seed, "
     'str backend="auto") -> ()'
 )

@@ -229,6 +229,19 @@ def sequence_length(what: str, got: int, expected: int) -> None:
         raise ValueError(f"{what}: expected a sequence of {expected} tensors, one per parameter, got {got}.")
 
 
+def offsets(values: Sequence[int], expected: int, block: int) -> None:
+    """Check the global indices of shards' first elements, which must be multiples of ``block``."""
+    if len(values) != expected:
+        raise ValueError(f"offsets: expected {expected}, one per parameter, or none at all, got {len(values)}.")
+    for i, value in enumerate(values):
+        if value < 0 or value % block:
+            raise ValueError(
+                f"offsets: expected a multiple of {block}, 0 or more, for parameter {i}, got {value}; pass the global "
+                "index of the shard's first element"
+                + (", and let shards begin where a block of codes does: at a whole row." if block > 1 else ".")
+            )
+
+
 def coefficient_mapping(coeffs: Mapping[str, float], layers: set[str]) -> None:
     """Check a user's layer → α mapping against the layers of the importance."""
     if not isinstance(coeffs, Mapping):

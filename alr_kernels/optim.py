@@ -64,7 +64,7 @@ class AlrAdamW(Saving):
         state_dtype: of the moments, ``"fp32"``, ``"bf16"`` or ``"int8"`` (block codes). Vectors, tensors under 4096
             elements and, for codes, rows of no multiple of 128 stay fp32, importance likewise.
         master: of bf16 parameters. ``"split"``: an int16 remainder beside each makes it an exact fp32 number;
-            ``"stochastic"``: rounded at random, with a generator keyed on (seed, step, parameter, element);
+            ``"stochastic"``: rounded at random, keyed on (seed, step, parameter, global element index);
             ``"none"``: rounded to nearest.
         precise: IEEE division and square root; False: approximate ones, relative error about 1e-6.
         capturable: the step may be captured in a CUDA graph; numbers that change must then be tensors (lr, reg_lambda).

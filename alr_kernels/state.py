@@ -61,6 +61,7 @@ class Slot:
     place: int = 0  # the number of that combination: parameters of one place can share a call of the step
     bound: Bound | None = None  # the LoRA pair of which it is a factor: importance is the pair's then
     left: bool = False  # whether it is the factor on the left
+    offset: int = 0  # global index of the local shard's first element: the generator's
 
     @property
     def penalised(self) -> bool:

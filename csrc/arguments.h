@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -58,6 +59,23 @@ inline void check_numels(const char* op, const std::vector<int64_t>& numels) {
   for (int64_t numel : numels) {
     if (numel < 0) {
       throw std::invalid_argument(std::string(op) + ": expected numels of 0 or more, got " + std::to_string(numel));
+    }
+  }
+}
+
+// Global indices of the first elements; the last one's must fit as well.
+inline void check_offsets(const char* op, const std::vector<int64_t>& offsets, const std::vector<int64_t>& numels,
+                          bool blocks) {
+  check_size(op, "offsets", numels.size(), offsets.size());
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const int64_t last = std::numeric_limits<int64_t>::max() - numels[i];
+    if (offsets[i] < 0 || offsets[i] > last) {
+      throw std::invalid_argument(std::string(op) + ": expected offsets in [0, 2^63 - numel), got " +
+                                  std::to_string(offsets[i]) + " for " + std::to_string(numels[i]) + " elements");
+    }
+    if (blocks && offsets[i] % kBlock) {
+      throw std::invalid_argument(std::string(op) + ": expected offsets in multiples of " + std::to_string(kBlock) +
+                                  " for moments in codes, got " + std::to_string(offsets[i]));
     }
   }
 }

@@ -33,9 +33,9 @@ ALR_HOST_DEVICE U mix(U x) {
   return x ^ (x >> 16);
 }
 
-// 32 random bits of an element, a function of key and index alone; `high` is the index's upper half.
-template <typename U>
-ALR_HOST_DEVICE U noise(uint32_t key, U low, uint32_t high) {
+// 32 random bits of an element, a function of key and index alone; `high` is the index's upper half, of all or of each.
+template <typename U, typename High>
+ALR_HOST_DEVICE U noise(uint32_t key, U low, High high) {
   return mix((low ^ key) + high * kGolden);
 }
 

@@ -44,6 +44,7 @@ struct StepTensor {
   const void* anchor;                 // [numel], or null without penalty
   float* path_integral;               // [numel], mutated, or null without recording
   int64_t numel;                      // a multiple of kBlock where anything is codes
+  int64_t offset;                     // global index of element 0, for the generator; a multiple of kBlock where moments are codes
   float curvature_scale;
   uint32_t key;  // of the random generator, in this step
   int scalars;   // index into the table of StepScalars

@@ -85,8 +85,8 @@ StepTensor step_tensor(const std::vector<Pointers>& roles, size_t i, int64_t num
 
 void step_(const py::list& operands, const std::vector<int64_t>& numels, const std::array<int, 5>& formats,
            const std::vector<double>& curvature_scales, const std::vector<uint32_t>& keys,
-           const std::vector<ScalarRow>& scalars, const std::vector<int>& scalar_indices, int mode, bool precise,
-           uintptr_t statistics, int num_threads) {
+           const std::vector<int64_t>& offsets, const std::vector<ScalarRow>& scalars,
+           const std::vector<int>& scalar_indices, int mode, bool precise, uintptr_t statistics, int num_threads) {
   const char* op = "step_";
   const size_t n = numels.size();
   const StepOptions options = step_options(formats, mode, precise);
@@ -95,6 +95,7 @@ void step_(const py::list& operands, const std::vector<int64_t>& numels, const s
   if (options.formats.moments == kCodes8 || (penalty && has_scales(options.formats.importance))) check_blocks(op, numels);
   check_size(op, "curvature_scales", penalty ? n : 0, curvature_scales.size());
   check_size(op, "keys", n, keys.size());
+  check_offsets(op, offsets, numels, options.formats.moments == kCodes8);
   check_size(op, "scalar_indices", n, scalar_indices.size());
   check_codes(op, "scalar_indices", scalar_indices, int(scalars.size()));
   check_threads(op, num_threads);
@@ -105,6 +106,7 @@ void step_(const py::list& operands, const std::vector<int64_t>& numels, const s
     tensors[i] = step_tensor(roles, i, numels[i]);
     tensors[i].curvature_scale = penalty ? float(curvature_scales[i]) : 0.0f;
     tensors[i].key = keys[i];
+    tensors[i].offset = offsets[i];
     tensors[i].scalars = scalar_indices[i];
   }
   std::vector<StepScalars<float>> table;
@@ -323,8 +325,8 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace py::literals;
   m.doc() = "Torch-free native kernels: raw addresses, element counts and dtype codes (0 fp32, 1 bf16, 2 fp16).";
-  m.def("step_", &alr::step_, "operands"_a, "numels"_a, "formats"_a, "curvature_scales"_a, "keys"_a, "scalars"_a,
-        "scalar_indices"_a, "mode"_a, "precise"_a, "statistics"_a, "num_threads"_a);
+  m.def("step_", &alr::step_, "operands"_a, "numels"_a, "formats"_a, "curvature_scales"_a, "keys"_a, "offsets"_a,
+        "scalars"_a, "scalar_indices"_a, "mode"_a, "precise"_a, "statistics"_a, "num_threads"_a);
   m.def("accumulate_", &alr::accumulate_, "path_integrals"_a, "grads"_a, "params"_a, "previous"_a, "numels"_a,
         "param_dtypes"_a, "grad_dtypes"_a, "maximize"_a, "num_threads"_a);
   m.def("finalise", &alr::finalise_, "path_integrals"_a, "params"_a, "starts"_a, "numels"_a, "param_dtypes"_a, "xi"_a,

@@ -28,7 +28,7 @@ using Scalars = StepScalars<V>;
 struct Loop {
   StepTensor t;
   StepFormats formats;
-  int64_t first;  // index of element 0 of `t` in its tensor, for the random generator
+  int64_t first;  // global index of element 0 of `t`, for the random generator
   bool scaled;    // whether gradients are, by anything but 1
   V* statistics;  // [kStepStatistics] sums of this tile, or null
 };
@@ -128,6 +128,14 @@ ALR_HOST_DEVICE void load_moments(const Loop& l, const BlockScales& b, int64_t i
   exp_avg_sq = fourth_power(Number<V>::of(codes), b.exp_avg_sq);
 }
 
+// The random bits of elements `index` and on. One vector in 2^32 elements has a carry in it, where shards begin anywhere.
+ALR_HOST_DEVICE U noise_from(uint32_t key, int64_t index) {
+  const uint32_t first = uint32_t(index), high = uint32_t(index >> 32);
+  const U low = U(lanes()) + first;
+  if (first > 0u - uint32_t(kLanes)) return noise(key, low, low < first ? U{} + (high + 1u) : U{} + high);
+  return noise(key, low, high);
+}
+
 // New moments of a tile that are to be encoded, and the largest of each block.
 struct Waiting {
   alignas(64) float exp_avg[kTile];
@@ -167,7 +175,7 @@ ALR_HOST_DEVICE void step_block(const Loop& l, const Scalars& s, int64_t begin, 
     }
     const Stepped<V> to = step_element<kMode>(before, clipped, exp_avg, exp_avg_sq, k, anchor, s);
     U bits{};
-    if (random) bits = noise(l.t.key, U(lanes()) + uint32_t(l.first + i), uint32_t((l.first + i) >> 32));
+    if (random) bits = noise_from(l.t.key, l.first + i);
     const V stored = store_param(l, i, to.param, bits & 0xffffu);
     if (moments == kFloat32) {
       store_float(static_cast<float*>(l.t.exp_avg) + i, to.exp_avg);
@@ -282,7 +290,7 @@ void step_rest(Loop l, const Scalars& s, const StepOptions& o, int64_t begin, in
   move_to(importance, t.importance, begin, count, f.importance);
   move_to(anchor, t.anchor, begin, count, f.anchor);
   move_to(path_integral, t.path_integral, begin, count, kFloat32);
-  l.first = begin;
+  l.first += begin;
   step_vectors(l, s, o.mode, 0, kLanes, sums);
   const Copy* mutated[] = {&param, &remainder, &exp_avg, &exp_avg_sq, &path_integral};
   for (const Copy* copy : mutated) {
@@ -298,7 +306,7 @@ void ALR_STEP_RANGE(const StepTensor& t, const StepScalars<float>& scalars, cons
                   splat(scalars.beta2),       splat(scalars.one_minus_beta2), splat(scalars.eps),
                   splat(scalars.step_size),   splat(scalars.rsqrt_bias2),     splat(scalars.grad_scale),
                   splat(scalars.clip),        splat(t.curvature_scale)};
-  const Loop l{t, o.formats, 0, scalars.grad_scale != 1.0f || scalars.clip != 1.0f, nullptr};
+  const Loop l{t, o.formats, t.offset, scalars.grad_scale != 1.0f || scalars.clip != 1.0f, nullptr};
   const int64_t whole = begin + (end - begin) / kLanes * kLanes;
   if (begin < whole) step_vectors(l, s, o.mode, begin, whole, sums);
   if (whole < end) step_rest(l, s, o, whole, end - whole, sums);

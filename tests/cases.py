@@ -301,7 +301,7 @@ def counts_of(columns, rotation=0):
     return [float(STEPS[(i + rotation) % len(STEPS)]) for i in range(len(columns["params"]))]
 
 
-def numbers_of(columns, counts, keys=None, **hyper):
+def numbers_of(columns, counts, keys=None, offsets=(), **hyper):
     values = NUMBERS | hyper
     assert set(values) == set(HYPER_NAMES), f"unknown: {set(values) - set(HYPER_NAMES)}"
     return Numbers(
@@ -309,6 +309,7 @@ def numbers_of(columns, counts, keys=None, **hyper):
         [torch.tensor(count) for count in counts],
         torch.tensor(unit_scales_of(columns), dtype=F64),
         list(range(len(counts))) if keys is None else keys,
+        offsets,
     )
 
 

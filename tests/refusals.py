@@ -7,10 +7,11 @@ import math
 from types import SimpleNamespace
 
 import torch
-from cases import F32, random_importance, tiny_loss, tiny_model, tiny_optimizer, train
+from cases import F32, Case, formed, numbers_of, random_importance, tiny_loss, tiny_model, tiny_optimizer, train
 from torch import nn
 
-from alr_kernels import AlrAdamW, ImportanceRecorder
+from alr_kernels import AlrAdamW, ImportanceRecorder, _ops
+from alr_kernels.step.plan import Operands
 
 ALPHAS = {"embed": 0.25, "layers.0": 0.25, "layers.1": 0.25, "head": 0.25}
 
@@ -31,6 +32,21 @@ def step(param, grad=None, **options):
     optimizer = one(param=param, **options)
     param.grad = grad
     optimizer.step()
+
+
+def shards(*offsets, moments="fp32"):
+    columns = formed(Case(moments=moments), ((1, 128), (2, 128)))
+    _ops.step_(Operands(**columns), numbers_of(columns, [1.0, 1.0], offsets=offsets))
+
+
+SHARDED = {
+    "offsets too few": (lambda c: shards(0), ValueError, "offsets: expected 2, one per parameter.*got 1"),
+    "offset negative": (lambda c: shards(0, -1), ValueError, "offsets.*0 or more, for parameter 1, got -1.*element.$"),
+    "offset in a block": (
+        lambda c: shards(64, 0, moments="int8"),
+        ValueError, "offsets: .*multiple of 128.*for parameter 0, got 64.*whole row",
+    ),
+}  # fmt: skip
 
 
 def sparse_gradient(c):

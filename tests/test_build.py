@@ -200,7 +200,7 @@ def raw_step(role=None, addresses=None, **changes):
     if role:
         operands[role] = addresses
     arguments = {"operands": list(operands.values()), "numels": [4], "formats": [0] * 5, "curvature_scales": [1.0]}
-    arguments |= {"keys": [0], "scalars": [(1e-3, 1.0, 0.1, 0.9, 0.1, 1e-8, 1e-3, 1.0, 1.0, 1.0)]}
+    arguments |= {"keys": [0], "offsets": [0], "scalars": [(1e-3, 1.0, 0.1, 0.9, 0.1, 1e-8, 1e-3, 1.0, 1.0, 1.0)]}
     arguments |= {"scalar_indices": [0], "mode": 0, "precise": True, "statistics": 0, "num_threads": 1}
     _C.step_(**(arguments | changes))
     return buffer
@@ -222,6 +222,10 @@ def test_raw_step_accepts_good_arguments():
         ({"formats": [0, -1, 0, 0, 0]}, "got -1"),
         ({"formats": [0, 0, 5, 0, 0]}, "128"),
         ({"keys": []}, "expected keys to hold 1 values, got 0"),
+        ({"offsets": []}, "expected offsets to hold 1 values, got 0"),
+        ({"offsets": [-1]}, r"expected offsets in \[0, 2\^63 - numel\), got -1 for 4 elements"),
+        ({"offsets": [2**63 - 4]}, rf"expected offsets in \[0, 2\^63 - numel\), got {2**63 - 4} for 4 elements"),
+        ({"offsets": [64], "numels": [0], "formats": [0, 0, 5, 0, 0]}, "multiples of 128 .* codes, got 64"),
         ({"scalar_indices": [1]}, r"expected scalar_indices in \[0, 1\), got 1"),
         ({"mode": 3}, r"expected mode in \[0, 3\), got 3"),
         ({"num_threads": 0}, "expected num_threads of 1 or more, got 0"),

@@ -321,11 +321,16 @@ def test_noise_of_different_keys_is_independent():
 
 
 def test_noise_goes_on_beyond_the_first_elements():
-    """An element's bits depend on its index alone, not on the tensor's shape or length."""
+    """An element's bits depend on its index alone, not on the tensor's shape or length, nor on where it begins."""
     key = rounding.noise_key(1, 2, 3)
     long = rounding.noise(key, torch.Size([4, 1000]), CPU)
     assert torch.equal(long.flatten()[:17], rounding.noise(key, torch.Size([17]), CPU))
     assert len(long.unique()) == 4000
+    assert torch.equal(rounding.noise(key, torch.Size([3, 7]), CPU, 1234).flatten(), long.flatten()[1234:1255])
+    for first in (2**32 - 2, 2**40 + 3, 2**62 + 1):  # in plain integers
+        indices = range(first, first + 5)
+        wanted = [rounding.mix((((i & 2**32 - 1) ^ key) + (i >> 32) * 0x9E3779B9) % 2**32) for i in indices]
+        assert rounding.noise(key, torch.Size([5]), CPU, first).tolist() == wanted
 
 
 def test_dither_is_spread_evenly_in_every_block():
@@ -339,6 +344,7 @@ def test_dither_is_spread_evenly_in_every_block():
     assert float((u.mean(1) - 0.5).abs().max()) < 0.02
     assert float(u[:, 5].double().var()) == pytest.approx(1 / 12, rel=0.2), "over blocks each place is uniform"
     assert not torch.equal(u, rounding.dither(rounding.noise_key(7, 3, 6), 512, 128, CPU))
+    assert torch.equal(u[300:], rounding.dither(rounding.noise_key(7, 3, 5), 212, 128, CPU, 300))
 
 
 def test_random_rounding_takes_a_neighbour_and_is_unbiased():

@@ -42,6 +42,7 @@ CASES = [
     Case("split", "bf16", "int8", "int4", "bf16", statistics=True),
     Case("stochastic", "bf16", "bf16", "int8", "fp16", record=False),
 ]
+OFFSETS = [2**33, 128, 0]  # of shards
 cases = pytest.mark.parametrize("case", CASES, ids=["plain", "coupled", "no penalty", "split", "stochastic"])
 
 
@@ -49,24 +50,25 @@ def step_arguments(case, backend):
     """Return what the registered op takes, in the order of its schema."""
     columns = formed(case, ((3, 256), (1, 128), (0, 128)) if case.coded else ((3, 4), (17,), (0,)))
     lists = [[tensor.clone() for tensor in columns[name]] for name in COLUMNS]
-    numbers = numbers_of(columns, [1.0, 2.0, 3.0], clip=case.clip, inverse_scale=case.inverse_scale)
+    hyper = {"clip": case.clip, "inverse_scale": case.inverse_scale}
+    numbers = numbers_of(columns, [1.0, 2.0, 3.0], offsets=OFFSETS, **hyper)
     statistics = torch.zeros(3, len(STATISTICS), dtype=F64) if case.statistics else None
-    rest = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, statistics)
+    rest = (numbers.steps, numbers.hyper, numbers.unit_scales, numbers.keys, numbers.offsets, statistics)
     return (*lists, *rest, *case.options, backend)
 
 
 def structured(arguments):
     """Return the same for ``_ops.step_``."""
     n = len(COLUMNS)
-    steps, hyper, unit_scales, keys, statistics, *options, backend = arguments[n:]
-    numbers = Numbers(hyper, steps, unit_scales, keys)
+    steps, hyper, unit_scales, keys, offsets, statistics, *options, backend = arguments[n:]
+    numbers = Numbers(hyper, steps, unit_scales, keys, offsets)
     return Operands(*arguments[:n]), numbers, Options(*options), statistics, backend
 
 
 def assert_same_arguments(arguments, expected):
     for name, got, wanted in zip(COLUMNS, arguments, expected, strict=False):
         assert all(map(same_bits, got, wanted)), name
-    statistics, wanted = arguments[len(COLUMNS) + 4], expected[len(COLUMNS) + 4]
+    statistics, wanted = arguments[len(COLUMNS) + 5], expected[len(COLUMNS) + 5]
     assert wanted is None or torch.equal(statistics, wanted)
 
 
@@ -103,7 +105,7 @@ def test_schemas_say_what_is_mutated():
 def test_schema_lists_what_plan_declares():
     names = [argument.name for argument in torch.ops.alr_kernels.step_.default._schema.arguments]
     options = ["penalty_mode", *Options._fields[1:]]
-    assert names == [*COLUMNS, "steps", "hyper", "unit_scales", "keys", "statistics", *options, "backend"]
+    assert names == [*COLUMNS, "steps", "hyper", "unit_scales", "keys", "offsets", "statistics", *options, "backend"]
 
 
 @backends
@@ -240,14 +242,14 @@ def test_compiled_function_calls_the_op(compiler, case):
     """torch.compile traces the op through its fake, without a graph break; both compilers generate no code."""
     arguments, expected = step_arguments(case, "reference"), step_arguments(case, "reference")
     n = len(COLUMNS)
-    options, backend = Options(*arguments[n + 5 : -1]), arguments[-1]
+    options, backend = Options(*arguments[n + 6 : -1]), arguments[-1]
 
     def run(lists, steps, hyper, unit_scales, statistics):
-        numbers = Numbers(hyper, steps, unit_scales, [0, 1, 2])
+        numbers = Numbers(hyper, steps, unit_scales, [0, 1, 2], OFFSETS)
         _ops.step_(Operands(*lists), numbers, options, statistics, backend)
 
     torch._dynamo.reset()
-    steps, hyper, unit_scales, _, statistics = arguments[n : n + 5]
+    steps, hyper, unit_scales, _, _, statistics = arguments[n : n + 6]
     torch.compile(run, backend=compiler, fullgraph=True)(arguments[:n], steps, hyper, unit_scales, statistics)
     _ops.step_(*structured(expected))
     assert_same_arguments(arguments, expected)

@@ -8,7 +8,7 @@ from cases import Case, formed, numbers_of
 
 from alr_kernels.codecs import rounding
 from alr_kernels.step import tables
-from alr_kernels.step.plan import Operands
+from alr_kernels.step.plan import Numbers, Operands
 
 CHUNK = 1024
 FEW_BYTES = Case("split", "bf16", "int8", "int4", "bf16")
@@ -30,6 +30,10 @@ def test_a_row_holds_what_its_programs_need():
         assert row["step"] == numbers.steps[i].data_ptr()
         assert row["numel"] == o.params[i].numel()
         assert rounding.mix(row["key"] ^ 11) == rounding.noise_key(3, numbers.keys[i], 11)
+        assert row["offset"] == 0
+    offsets = [5 * 2**32, 0, 128]
+    rows = tables.Cache().find(o, numbers._replace(offsets=offsets), 3, CHUNK).rows
+    assert rows[:, tables.OFFSET].tolist() == offsets
 
 
 def test_every_element_is_in_one_chunk():
@@ -85,6 +89,7 @@ def test_other_numbers_take_another_table():
     first = cache.find(o, numbers, 0, CHUNK)
     assert cache.find(o, numbers, 1, CHUNK) is not first, "seed"
     assert cache.find(o, numbers._replace(keys=[4, 5, 6]), 0, CHUNK) is not first
+    assert cache.find(o, numbers._replace(offsets=[0, 128, 0]), 0, CHUNK) is not first
     steps = [*numbers.steps[:2], torch.tensor(3.0)]
     assert cache.find(o, numbers._replace(steps=steps), 0, CHUNK) is not first
     assert cache.find(o._replace(path_integrals=[]), numbers, 0, CHUNK) is not first
@@ -123,6 +128,6 @@ def test_what_would_reach_beyond_a_tensor_is_refused():
 
 
 def test_addresses_with_the_upper_bit_fit():
-    columns = tables._rows(Operands(["p"], [], [], []), (2**64 - 16, 2**63), (5,), [0], 0)
+    columns = tables._rows(Operands(["p"], [], [], []), (2**64 - 16, 2**63), (5,), Numbers(None, [], None, [0]), 0)
     assert columns[0, 0] == -16
     assert columns[0, tables.STEP] == -(2**63)

@@ -27,6 +27,7 @@ from cases import (
 )
 from interpreted import Launches, check_missing_triton, run_interpreted
 from test_step_formats import PAIRWISE, name_of
+from test_step_offsets import RANDOM, check_shards, starts_of
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
@@ -264,7 +265,12 @@ class TestInterpreted:
             wanted = torch.tensor([*s, 0.7 * 1.3, -0.37, 0.3], dtype=F64).float()
             assert torch.equal(found, wanted), count
 
-    @pytest.mark.parametrize("first", [0, 2**20, 2**32 - 1024, 2**32, 5 * 2**32 + 2048, 2**40])
+    @pytest.mark.parametrize("case", RANDOM, ids=name_of)
+    def test_shards(self, case):
+        for start in starts_of(case):
+            check_shards(triton_kernel, case, start)
+
+    @pytest.mark.parametrize("first", [0, 2**20, 2**32 - 1024, 2**32 - 5, 2**32, 5 * 2**32 + 2048, 2**40 - 77])
     def test_noise_beyond_32_bits(self, first):
         key, found = 0x89ABCDEF, torch.zeros(1024, dtype=torch.int64)
         draw[(1,)](torch.tensor([key, first]), found)

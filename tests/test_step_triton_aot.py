@@ -242,8 +242,9 @@ def test_offsets_are_64_bit():
 def test_roles_are_in_the_order_of_the_table():
     singular = [re.sub(r"_sqs", "_sq", name).removesuffix("s") for name in plan.Operands._fields]
     assert list(triton_tile.Pointers._fields) == singular
-    assert len(tables.COLUMNS) == 16
-    assert (tables.STEP, tables.NUMEL, tables.KEY, tables.FIRST_PROGRAM, tables.PROGRAMS) == (11, 12, 13, 14, 15)
+    assert len(tables.COLUMNS) == 17
+    named = (tables.STEP, tables.NUMEL, tables.KEY, tables.FIRST_PROGRAM, tables.PROGRAMS, tables.OFFSET)
+    assert named == (11, 12, 13, 14, 15, 16)
     first = ("lr", "beta1", "beta2", "eps", "weight_decay", "reg_lambda", "inverse_scale", "clip", "found_inf")
     assert first == plan.HYPER
     assert plan.STATISTICS == ("penalty", "grad_sq", "pull_sq", "grad_dot_pull", "stiffness", "drift_sq")

@@ -16,6 +16,7 @@ import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
     ALPHAS,
+    SHARDED,
     add_group,
     add_remainder,
     add_scales,
@@ -320,7 +321,7 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
+} | SHARDED | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -44,9 +44,9 @@ def noise_key(seed: int, parameter: int, step: int) -> int:
     return int(mix(mix(mix(seed & MASK) ^ parameter) ^ step))
 
 
-def noise(key: int, shape: torch.Size, device: torch.device) -> Tensor:
-    """Return 32 random bits an element (int64), a function of key and element index alone."""
-    index = torch.arange(shape.numel(), device=device)
+def noise(key: int, shape: torch.Size, device: torch.device, offset: int = 0) -> Tensor:
+    """Return 32 random bits an element (int64), a function of key and index alone; ``offset``: index of the first."""
+    index = torch.arange(shape.numel(), device=device) + offset
     return mix((((index & MASK) ^ key) + (index >> 32) * 0x9E3779B9) & MASK).view(shape)
 
 
@@ -56,8 +56,8 @@ def round_stochastic(x: Tensor, bits: Tensor) -> Tensor:
     return _as_int16(torch.where(x.isnan(), 0x7FC0, (whole >> 16) & 0xFFFF)).view(torch.bfloat16)
 
 
-def dither(key: int, blocks: int, block: int, device: torch.device) -> Tensor:
+def dither(key: int, blocks: int, block: int, device: torch.device, first_block: int = 0) -> Tensor:
     """Return u in [0, 1) of the moments' codes, float32 [blocks, block]: a random number a block, plus j·φ (mod 1)."""
-    start = noise(key, torch.Size([blocks, 1]), device)
+    start = noise(key, torch.Size([blocks, 1]), device, first_block)
     whole = (start + torch.arange(block, device=device) * 0x9E3779B9) & MASK
     return (whole >> 8).float() * 2.0**-24

@@ -189,5 +189,7 @@ def encoded_part(importance: Encoded, name: str, sharding: Sharding | None) -> E
         return importance
     if importance.format in CODES or importance.format == "rank1":
         _validate_distributed.rows_alone(name, f"{importance.format} importance", sharding.placements, sharding.by_rows)
-        return importance.rows(sharding.rows)
-    return Encoded.dense(_dtensor.part_of(f"importance of {name}", importance.values, sharding))
+        rows = importance.rows(sharding.rows)
+        kept = rows.scales if rows.scales is None or rows.format == "rank1" else rows.scales.clone()
+        return Encoded(rows.values.clone(), kept, rows.format)  # not a view that keeps all of it
+    return Encoded.dense(_dtensor.part_of(f"importance of {name}", importance.values, sharding).clone())

@@ -40,6 +40,7 @@ class Call:
         self.names = [slot.layer_name for slot in slots]
         self.sharding = slots[0].sharding  # all are split over the same ranks
         self.keys = [slot.index for slot in slots]
+        self.offsets = [slot.offset for slot in slots]
         self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
         self.unit_scales = torch.zeros(len(slots), dtype=torch.float64, device=device)
         self.version = -1  # of the coefficients in unit_scales
@@ -108,5 +109,5 @@ class Call:
             exp_avg_sq_scales=column("exp_avg_sq_scale") if coded else (),
             importance_scales=scales,
         )
-        numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys)
+        numbers = Numbers(self.hyper, column("step"), self.unit_scales, self.keys, self.offsets)
         _ops.step_(columns, numbers, options, self.partial, backend)

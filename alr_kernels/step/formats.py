@@ -37,11 +37,17 @@ def load_moments(o: Operands, i: int, compute: torch.dtype) -> tuple[Tensor, Ten
     return exp_avg, codecs.decode_exp_avg_sq(o.exp_avg_sqs[i], o.exp_avg_sq_scales[i])
 
 
-def store_moments(o: Operands, i: int, values: tuple[Tensor, Tensor, Tensor], noise: Tensor | None, key: int) -> None:
-    """Store (m, v, √v). ``noise``: 32 random bits an element, the upper 16 round a bf16 v; ``key``: of the codes' u."""
+def store_moments(
+    o: Operands, i: int, values: tuple[Tensor, Tensor, Tensor], noise: Tensor | None, key: int, offset: int
+) -> None:
+    """Store (m, v, √v).
+
+    ``noise``: 32 random bits an element, the upper 16 round a bf16 v. ``key``, ``offset``: of the codes' u, and the
+    global index of the first element.
+    """
     exp_avg, exp_avg_sq, root = values
     if o.exp_avgs[i].dtype is torch.int8:
-        u = rounding.dither(key, exp_avg.numel() // codecs.BLOCK, codecs.BLOCK, exp_avg.device)
+        u = rounding.dither(key, exp_avg.numel() // codecs.BLOCK, codecs.BLOCK, exp_avg.device, offset // codecs.BLOCK)
         coded = (*codecs.encode_exp_avg(exp_avg, u), *codecs.encode_exp_avg_sq(root, exp_avg_sq, u))
         targets = (o.exp_avgs, o.exp_avg_scales, o.exp_avg_sqs, o.exp_avg_sq_scales)
         for target, value in zip(targets, coded, strict=True):

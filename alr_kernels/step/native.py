@@ -142,6 +142,7 @@ def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | 
         formats,
         (numbers.unit_scales * reg_lambda).tolist() if o.importances else [],
         keys,
+        list(numbers.offsets) or [0] * len(numels),
         [(*step_scalars(count, *hyper), grad_scale, clip) for count in table],
         list(map(table.__getitem__, counts)),
         MODES.index(options.mode) if o.importances else PLAIN,

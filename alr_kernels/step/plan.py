@@ -50,6 +50,7 @@ class Numbers(NamedTuple):
     steps: Sequence[Tensor]  # n 0-dim float32: step counts, this step included
     unit_scales: Tensor  # [n] float64: curvature / (λ·Ω) of each tensor
     keys: Sequence[int]  # n: number of each parameter, for the random generator
+    offsets: Sequence[int] = ()  # n: global index of each tensor's first element, for the same; empty: 0 for all
 
 
 class Options(NamedTuple):

@@ -48,9 +48,10 @@ def step_(o: Operands, numbers: Numbers, options: Options, statistics: Tensor | 
             after = decayed - move / denom
 
         key = noise_key(options.seed, numbers.keys[i], int(count))
-        random = noise(key, param.shape, param.device) if needs_noise(o, options) else None
+        offset = numbers.offsets[i] if numbers.offsets else 0
+        random = noise(key, param.shape, param.device, offset) if needs_noise(o, options) else None
         stored = store_param(o, i, after, random, options.master)
-        store_moments(o, i, (exp_avg, exp_avg_sq, root), random, key)
+        store_moments(o, i, (exp_avg, exp_avg_sq, root), random, key, offset)
         if o.path_integrals:
             o.path_integrals[i].sub_(g * (stored - before))
         if statistics is not None:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .plan import Numbers
 
 # Of a row: the addresses of a tensor's operands and of its step count; elements; the generator's key but for the step;
-# the first of its programs and how many they are.
-COLUMNS = (*Operands._fields, "step", "numel", "key", "first_program", "programs")
-STEP, NUMEL, KEY, FIRST_PROGRAM, PROGRAMS = range(len(Operands._fields), len(COLUMNS))
+# the first of its programs and how many they are; the global index of its first element.
+COLUMNS = (*Operands._fields, "step", "numel", "key", "first_program", "programs", "offset")
+STEP, NUMEL, KEY, FIRST_PROGRAM, PROGRAMS, OFFSET = range(len(Operands._fields), len(COLUMNS))
 ELEMENTWISE = [i for i, role in enumerate(Operands._fields) if not role.endswith("scales")]
 ALIGNMENT = 16  # bytes, of every operand with a value an element, for 128-bit accesses
 KEPT = 32  # tables, and chunk maps, besides those that a graph may read
@@ -104,13 +104,13 @@ class Cache:
         sizes = tuple(map(Tensor.numel, o.params))
         addresses = tuple(map(Tensor.data_ptr, chain(*o, numbers.steps)))
         shape = (device, chunk, tuple(map(len, o)), sizes)
-        key = (shape, seed, tuple(numbers.keys), addresses)
+        key = (shape, seed, tuple(numbers.keys), tuple(numbers.offsets), addresses)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         stream = None if device.type == "cpu" else torch.get_device_module(device).current_stream(device)
         with self._lock:
             table = self._held.get(key) or self._tables.get(key)
             if table is None:
-                table = self._make(o, addresses, shape, numbers.keys, seed, capturing, stream)
+                table = self._make(o, addresses, shape, numbers, seed, capturing, stream)
                 if not capturing:
                     _remember(self._tables, key, table)
             elif capturing:
@@ -123,11 +123,11 @@ class Cache:
         return table
 
     def _make(
-        self, o: Operands, addresses: tuple[int, ...], shape: tuple[Any, ...], keys: Any, seed: int, capturing: bool,
-        stream: Any,
+        self, o: Operands, addresses: tuple[int, ...], shape: tuple[Any, ...], numbers: Numbers, seed: int,
+        capturing: bool, stream: Any,
     ) -> Table:  # fmt: skip
         device, chunk, _, sizes = shape
-        rows = _rows(o, addresses, sizes, keys, seed)
+        rows = _rows(o, addresses, sizes, numbers, seed)
         aligned = (rows[:, ELEMENTWISE] % ALIGNMENT == 0).all(1)
         key = (*shape, aligned.tobytes())
         chunks = self._chunks.get(key)
@@ -151,7 +151,7 @@ def _remember(store: OrderedDict[Any, Any], key: Any, value: Any) -> None:
 # NumPy, not torch, whose threads cost more than such small arrays: 30 ms a table beside a busy process on two cores.
 
 
-def _rows(o: Operands, addresses: tuple[int, ...], sizes: tuple[int, ...], keys: Any, seed: int) -> Any:
+def _rows(o: Operands, addresses: tuple[int, ...], sizes: tuple[int, ...], numbers: Numbers, seed: int) -> Any:
     """Return a table, [n, len(COLUMNS)] int64, all but the programs."""
     uneven = {
         role: len(tensors) for role, tensors in zip(o._fields, o, strict=True) if len(tensors) not in (0, len(sizes))
@@ -163,7 +163,8 @@ def _rows(o: Operands, addresses: tuple[int, ...], sizes: tuple[int, ...], keys:
     # unsigned: some devices' addresses have the upper bit
     rows[:, present] = np.frombuffer(array("Q", addresses), np.int64).reshape(len(present), len(sizes)).T
     rows[:, NUMEL] = sizes
-    rows[:, KEY] = mix(mix(seed & MASK) ^ np.array(keys, np.int64))
+    rows[:, KEY] = mix(mix(seed & MASK) ^ np.array(numbers.keys, np.int64))
+    rows[:, OFFSET] = np.array(numbers.offsets or 0, np.int64)
     return rows
 
 

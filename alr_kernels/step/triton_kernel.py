@@ -42,7 +42,7 @@ MUTATED_ROLES = tuple(map(Operands._fields.index, MUTATED))
     )
 )  # fmt: skip
 def step_kernel(
-    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 16], read
+    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 17], read
     chunk_ptr,  # for each program: tensor << 32 | number of the chunk in it, int64, read
     hyper_ptr,  # plan.HYPER, fp64, read
     unit_scale_ptr,  # curvature / (reg_lambda * importance) of each tensor, fp64 [n], read
@@ -58,10 +58,11 @@ def step_kernel(
     chunk = tl.load(chunk_ptr + program)
     row = chunk >> 32
     first = (chunk & 0xFFFFFFFF) * CHUNK
-    row_ptr = table_ptr + row * 16
+    row_ptr = table_ptr + row * 17
     count = tl.load(address(row_ptr, 11, tl.float32)).to(tl.int32)
     key = tl.load(row_ptr + 13).to(tl.uint32)
-    s = f.scalars(hyper_ptr, count, tl.load(unit_scale_ptr + row), key, BUILD.maximize)
+    offset = tl.load(row_ptr + 16)
+    s = f.scalars(hyper_ptr, count, tl.load(unit_scale_ptr + row), key, offset, BUILD.maximize)
     p = addresses(row_ptr, BUILD)
     left = tl.minimum(tl.load(row_ptr + 12) - first, CHUNK).to(tl.int32)
     left = tl.where(tl.load(hyper_ptr + 8) != 0.0, 0, left)  # found_inf: nothing changes
@@ -84,7 +85,7 @@ def step_kernel(
 
 @jit(do_not_specialize=("table_ptr", "partial_ptr", "hyper_ptr", "statistics_ptr", "stride"))
 def statistics_kernel(
-    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 16], read
+    table_ptr,  # tables.COLUMNS of each tensor, int64 [n, 17], read
     partial_ptr,  # sums of each program of step_kernel, fp64 [6, stride], read
     hyper_ptr,  # plan.HYPER, fp64, read
     statistics_ptr,  # plan.STATISTICS of each tensor, fp64 [n, 6], written
@@ -92,7 +93,7 @@ def statistics_kernel(
     SIZE: tl.constexpr,  # programs at a time
 ):
     # A program per tensor and statistic: sums in an order that does not change, the largest of the stiffness.
-    row_ptr = table_ptr + tl.program_id(0) * 16
+    row_ptr = table_ptr + tl.program_id(0) * 17
     column = tl.program_id(1)
     ptr = partial_ptr + column * stride + tl.load(row_ptr + 14)
     count = tl.load(row_ptr + 15).to(tl.int32)
@@ -209,6 +210,7 @@ def registers(build: Build) -> int:
     coded = build.exp_avg == tl.int8
     pressure = build.statistics + (coded and build.statistics + build.record)
     pressure += coded and build.precise and build.master != "split"
+    pressure += not coded and build.bits > 0 and build.record and build.precise and build.master == "stochastic"
     return (128, 168, 255)[min(pressure, 2)]
 
 

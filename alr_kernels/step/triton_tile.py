@@ -216,7 +216,7 @@ def store_param(p, t, after, random, BUILD: tl.constexpr):
 @jit
 def store_moments(p, t, y, random, s, BUILD: tl.constexpr):
     if BUILD.exp_avg == tl.int8:
-        u = f.dither(s.key, t.first >> 7, t.rows, t.columns)
+        u = f.dither(s.key, (s.offset + t.first) >> 7, t.rows, t.columns)
         codes, scales = f.encode_exp_avg(y.exp_avg, u, BUILD.precise)
         store(p.exp_avg, t, codes, BUILD)
         store_scales(p.exp_avg_scale, t, scales)
@@ -239,7 +239,7 @@ def step_tile(p, first, left, s, sums, BUILD: tl.constexpr, SIZE: tl.constexpr):
     y = update(x, s, BUILD)
     random = None
     if BUILD.master == "stochastic" or BUILD.exp_avg_sq == tl.bfloat16:
-        random = f.noise(s.key, first, t.rows * 128 + t.columns)
+        random = f.noise(s.key, s.offset + first, t.rows * 128 + t.columns)
     stored = store_param(p, t, y.after, random, BUILD)
     store_moments(p, t, y, random, s, BUILD)
     if BUILD.record:
