@@ -19,7 +19,7 @@ def config(name: str, content: Any) -> None:
     if not isinstance(content, dict) or not content:
         raise ValueError(f"config: expected {FORM}, got {type(content).__name__} of length {len(content or ())}.")
     if "model_type" not in content and not all(isinstance(value, list) for value in content.values()):
-        raise ValueError(f"config: {name} has no \"model_type\" and is no table of shapes either; expected {FORM}.")
+        raise ValueError(f'config: {name} has no "model_type" and is no table of shapes either; expected {FORM}.')
 
 
 def shape(name: str, value: Any) -> None:
@@ -29,7 +29,7 @@ def shape(name: str, value: Any) -> None:
 
 def no_transformers(missing: ImportError) -> NoReturn:
     raise ImportError(
-        "config: building a model from its config needs transformers: pip install \"alr-kernels[demo]\", or hand over "
+        'config: building a model from its config needs transformers: pip install "alr-kernels[demo]", or hand over '
         "{parameter name: [sizes]}."
     ) from missing
 
@@ -63,7 +63,9 @@ def shard(strategy: str, value: Any) -> None:
 
 def penalised(option: str, value: object, phase: str, has_importance: bool) -> None:
     if value is not None and not has_importance:
-        raise ValueError(f"{option}: it has no effect, because phase={phase!r} has no importance; use 'tune' or 'both'.")
+        raise ValueError(
+            f"{option}: it has no effect, because phase={phase!r} has no importance; use 'tune' or 'both'."
+        )
 
 
 def bucket_view(value: bool, strategy: str) -> None:
@@ -75,8 +77,8 @@ def master(kind: str, dtypes: set[str], lora: bool) -> None:
     if kind != "none" and "bf16" not in dtypes:
         option = "the factors' dtype (--factor-dtype)" if lora else "dtype"
         raise ValueError(
-            f"master: it has no effect, because nothing that is trained is bf16 (got {listed(dtypes)}); set {option} to "
-            "'bf16' or leave it out."
+            f"master: it has no effect, because nothing that is trained is bf16 (got {listed(dtypes)}); "
+            f"set {option} to 'bf16' or leave it out."
         )
 
 
@@ -104,3 +106,8 @@ def targets(wanted: Sequence[str], missing: Sequence[str], adaptable: Sequence[s
             f"targets: expected ends of module paths whose weights LoRA can adapt, such as {listed(known)}; "
             f"got {listed(missing) or 'none'}."
         )
+
+
+def lora_options(lora: bool, given: Sequence[str]) -> None:
+    if given and not lora:
+        raise ValueError(f"{', '.join(given)}: no effect without --lora; add it or leave them out.")

@@ -22,9 +22,7 @@ from .shapes import Shape, elements
 from .timing import Step, copier, in_rounds, ratio, spread
 
 COPY = "copy"
-BYTES = {
-    kept: sum(roofline.form_bytes(kept, roofline.IMPORTANCE_SCALE)) for kept in ("fp32", "bf16", "int8", "int4")
-}
+BYTES = {kept: sum(roofline.form_bytes(kept, roofline.IMPORTANCE_SCALE)) for kept in ("fp32", "bf16", "int8", "int4")}
 XI = 1e-6
 DECAY = 0.9
 

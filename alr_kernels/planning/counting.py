@@ -146,45 +146,53 @@ def _trained(shape: tuple[int, ...], block: str, dtype: str, setup: Setup) -> It
 def _pair(weight: Weight, block: str, setup: Setup) -> list[Item]:
     """Return the factors of a weight and what is kept of U, which itself does not exist."""
     assert setup.lora is not None
-    (m, *rest), r, dtype = weight.shape, setup.lora.rank, setup.lora.dtype
-    if weight.kind == "transposed":
+    (m, *rest), r = weight.shape, setup.lora.rank
+    transposed = weight.kind == "transposed"
+    if transposed:
         up, down = (math.prod(rest), r), (r, m)
     else:
         up, down = (m, r, *[1] * (len(rest) - 1)), (r, *rest)
+    passes = (2 if setup.mode == "proximal" else 1) if setup.penalised else 0
+    importance = (setup.importance_dtype or "fp32") if setup.penalised else None
+    kept = Kept(importance=importance, record=setup.records).on(weight.shape)
+    parts = tuple((part, size) for part, size in kept.parts().items() if part in OF_U)
+    return [
+        _factor(up, block, setup, passes, gathers=transposed),
+        _factor(down, block, setup, passes, gathers=True),
+        Item(weight.shape, block, "", exists=False, parts=parts, moved=kept.effective_traffic(passes)),
+    ]
+
+
+OF_U = ("importance", "importance_scales", "path_integral")
+
+
+def _factor(shape: tuple[int, ...], block: str, setup: Setup, passes: int, gathers: bool) -> Item:
+    """Return a factor of a pair.
+
+    ``gathers``: its rows are not those of the Ω that a rank holds, so that all of them are needed: as they are and
+    their anchor, after the step, and their gradient. The pull on it is then summed over ranks, with its curvature if
+    the mode is proximal. B of a linear layer is cut as the weight is, and its rows are at hand.
+    """
+    assert setup.lora is not None
+    dtype = setup.lora.dtype
     split = setup.master == "split" and dtype == "bf16"
     own = SIZE["fp32" if split else dtype]  # anchor and start of factors are exact
-    grad = SIZE[setup.grad_dtype or dtype]
-    passes = (2 if setup.mode == "proximal" else 1) if setup.penalised else 0
-    # On the rows of Ω that a rank holds, the factor on the left is there; the one on the right comes from all ranks:
-    # now and its anchor, after the step, its gradient. Its pull is summed over ranks, with its curvature if proximal.
+    kept = Kept(dtype, setup.grad_dtype, setup.state_dtype, split=split).on(shape)
+    parts, moved = kept.parts(), kept.traffic()
+    if setup.penalised:
+        parts["anchor"] = own
+        moved += own
+    elif setup.records:
+        parts["start"] = own
     again = setup.records or passes == 2
-    gathered = COMPUTE * (1 + setup.penalised + again + setup.records)
-    items = []
-    for shape, on_the_right in ((up, weight.kind == "transposed"), (down, weight.kind != "transposed")):
-        kept = Kept(dtype, setup.grad_dtype, setup.state_dtype, split=split).on(shape)
-        parts = kept.parts()
-        if setup.penalised:
-            parts["anchor"] = own
-        elif setup.records:
-            parts["start"] = own
-        moved = kept.traffic() + (own if setup.penalised else 0.0)
-        whole = on_the_right or weight.kind == "transposed"
-        reduced = float(COMPUTE * passes) if whole else 0.0
-        items.append(
-            Item(shape, block, dtype, True, True, grad, tuple(parts.items()), moved, gathered if whole else 0.0, reduced)
-        )
-    importance = (setup.importance_dtype or "fp32") if setup.penalised else None
-    effective = Kept(importance=importance, record=setup.records).on(weight.shape)
-    parts = {key: size for key, size in effective.parts().items() if key in EFFECTIVE}
-    items.append(
-        Item(
-            weight.shape, block, dtype, exists=False, parts=tuple(parts.items()), moved=effective.effective_traffic(passes)
-        )
+    return Item(
+        shape, block, dtype, True, True,
+        grad=SIZE[setup.grad_dtype or dtype],
+        parts=tuple(parts.items()),
+        moved=moved,
+        gathered=COMPUTE * (1.0 + setup.penalised + again + setup.records) if gathers and setup.phase != "plain" else 0.0,
+        reduced=float(COMPUTE * passes) if gathers else 0.0,
     )  # fmt: skip
-    return items
-
-
-EFFECTIVE = ("importance", "importance_scales", "path_integral")  # what is kept of U
 
 
 # ---- one device ----

@@ -90,7 +90,7 @@ def _built(content: dict[str, Any]) -> nn.Module:
     except (ValueError, TypeError) as error:
         _validate_planning.unbuildable(kind, error)
     named = next((getattr(transformers, name, None) for name in content.get("architectures") or ()), None)
-    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping.keys()  # noqa: SIM118: no plain dict
+    causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         with torch.device("meta"):
