@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..planning import Device, Setup
+    from ..planning import Device
 
 
 class Strategy(str, Enum):
@@ -42,7 +42,7 @@ class Master(str, Enum):
     """What makes bf16 weights exact."""
 
     none = "none"
-    split = "split"
+    split_ = "split"  # str has a split of its own
     stochastic = "stochastic"
 
 
@@ -66,7 +66,7 @@ def plan(
     bucket_view: Annotated[
         bool, typer.Option("--bucket-view", help="ddp with gradient_as_bucket_view=True.")
     ] = False,
-    device: Annotated[str, typer.Option(help="A100-40GB, A100, H100, H200, B200 or MI300X: published figures.")] = "H100",
+    device: Annotated[str, typer.Option(help="A100-40GB, A100, H100, H200, B200, MI300X: as published.")] = "H100",
     bandwidth: Annotated[float | None, typer.Option(help="Of the device's memory, GB/s, instead.")] = None,
     memory: Annotated[float | None, typer.Option(help="Of the device, GB (10⁹ bytes), instead.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes and seconds.")] = False,
@@ -80,8 +80,8 @@ def plan(
     try:
         factors = _lora(lora, rank, targets, factor_dtype)
         setup = planning.Setup(
-            strategy.value, shard, factors, dtype, grad_dtype, state_dtype, importance_dtype, anchor_dtype, master.value,
-            phase.value, mode.value, bucket_view,
+            strategy.value, shard, factors, dtype, grad_dtype, state_dtype, importance_dtype, anchor_dtype,
+            master.value, phase.value, mode.value, bucket_view,
         )  # fmt: skip
         found = planning.plan(config, _numbers(gpus), setup, _device(device, memory, bandwidth))
     except (ValueError, ImportError, OSError) as error:
@@ -123,8 +123,5 @@ def _device(name: str, memory: float | None, bandwidth: float | None) -> Device:
     for option, value in (("memory", memory), ("bandwidth", bandwidth)):
         if value is not None:
             changes[option] = 1e9 * _validate.number(option, value, open_low=True)
-    return (
-        replace(DEVICES[name], **changes, name="your device")
-        if len(changes) == 2
-        else replace(DEVICES[name], **changes)
-    )
+    named = {"name": "your device"} if len(changes) == 2 else {}
+    return replace(DEVICES[name], **changes, **named)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class Column:
 # ---- what is kept of each tensor ----
 
 
-def items_of(weights: Iterable[Weight], setup: Setup, adapted: Sequence[str]) -> Counter[Item]:
+def items_of(weights: Iterable[Weight], setup: Setup, adapted: Collection[str]) -> Counter[Item]:
     """Return the tensors of a model in training, alike ones counted; ``adapted``: names of weights with LoRA."""
     found: Counter[Item] = Counter()
     for weight in weights:
@@ -148,10 +148,8 @@ def _pair(weight: Weight, block: str, setup: Setup) -> list[Item]:
     assert setup.lora is not None
     (m, *rest), r = weight.shape, setup.lora.rank
     transposed = weight.kind == "transposed"
-    if transposed:
-        up, down = (math.prod(rest), r), (r, m)
-    else:
-        up, down = (m, r, *[1] * (len(rest) - 1)), (r, *rest)
+    up: tuple[int, ...] = (math.prod(rest), r) if transposed else (m, r, *[1] * (len(rest) - 1))
+    down = (r, m) if transposed else (r, *rest)
     passes = (2 if setup.mode == "proximal" else 1) if setup.penalised else 0
     importance = (setup.importance_dtype or "fp32") if setup.penalised else None
     kept = Kept(importance=importance, record=setup.records).on(weight.shape)
@@ -184,13 +182,13 @@ def _factor(shape: tuple[int, ...], block: str, setup: Setup, passes: int, gathe
         moved += own
     elif setup.records:
         parts["start"] = own
-    again = setup.records or passes == 2
+    copies = 1.0 + setup.penalised + (setup.records or passes == 2) + setup.records
     return Item(
         shape, block, dtype, True, True,
         grad=SIZE[setup.grad_dtype or dtype],
         parts=tuple(parts.items()),
         moved=moved,
-        gathered=COMPUTE * (1.0 + setup.penalised + again + setup.records) if gathers and setup.phase != "plain" else 0.0,
+        gathered=COMPUTE * copies if gathers and setup.phase != "plain" else 0.0,
         reduced=float(COMPUTE * passes) if gathers else 0.0,
     )  # fmt: skip
 
@@ -247,13 +245,13 @@ def column(items: Counter[Item], setup: Setup, gpus: int) -> Column:
     moved = sum(count * local_numel(item.shape, shards, 0) * item.moved for item, count in items.items())
     if not setup.sharded:
         return Column(gpus, shards, kept, emptiest, moved=round(moved))
-    whole = {key: round(sum(count * math.prod(i.shape) * getattr(i, key) for i, count in items.items()))
-             for key in ("gathered", "reduced")}  # fmt: skip
-    tensors = sum(count for item, count in items.items() if item.trained)
-    communicated = {
-        "gathered_factors": whole["gathered"],
-        "reduced_pull": whole["reduced"],
-        "statistics": NORM + STATISTIC * len(STATISTICS) * tensors,
-    }
-    in_step = {"gathered_factors": whole["gathered"], "reduced_pull": whole["reduced"]}
+    in_step = {"gathered_factors": 0, "reduced_pull": 0}
+    communicated = {**in_step, "statistics": 0}
+    if shards > 1:
+        trained = sum(count for item, count in items.items() if item.trained)
+        in_step = {
+            "gathered_factors": round(sum(n * math.prod(item.shape) * item.gathered for item, n in items.items())),
+            "reduced_pull": round(sum(n * math.prod(item.shape) * item.reduced for item, n in items.items())),
+        }
+        communicated = {**in_step, "statistics": NORM + STATISTIC * len(STATISTICS) * trained}
     return Column(gpus, shards, kept, emptiest, in_model(items), in_step, round(moved), communicated)

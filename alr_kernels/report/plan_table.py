@@ -70,7 +70,7 @@ def seconds(value: float | None) -> str:
 def table(plan: Plan) -> Table:
     """Return the table of a plan's columns."""
     setup = plan.setup
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     shown.add_column("bytes a device" + (", fullest rank" if setup.sharded else ""), no_wrap=True)
     for column in plan.columns:
         shown.add_column(f"{column.gpus:,} device{'s' if column.gpus > 1 else ''}", justify="right", no_wrap=True)
@@ -87,18 +87,17 @@ def table(plan: Plan) -> Table:
         row("unsharded, forward and backward", lambda column: size(sum(column.in_model.values())))
         for part in plan.columns[0].in_model:
             row(LABELS[part], lambda column, part=part: size(column.in_model[part]))  # type: ignore[misc]
-        if any(plan.columns[0].in_step.values()):
+        if any(any(column.in_step.values()) for column in plan.columns):
             row("in the optimizer's step", lambda column: size(sum(column.in_step.values())))
             for part in plan.columns[0].in_step:
                 row(LABELS[part], lambda column, part=part: size(column.in_step[part]))  # type: ignore[misc]
     row("most at once", lambda column: size(column.peak), "bold")
     if plan.device.memory is not None:
-        room = size(plan.device.memory)
-        row(f"fits in {room}", lambda column: "yes" if column.fits else "NO", last=True)
+        row(f"fits in {plan.device.memory / 1e9:,.0f} GB", lambda column: "yes" if column.fits else "NO", last=True)
     row("a step reads and writes", lambda column: size(column.moved))
     row("a step takes at least", lambda column: seconds(column.seconds), "bold")
     if setup.sharded:
-        row("sent by the optimizer, a step", lambda column: size(sum(column.communicated.values())))
+        row("gathered and reduced, a step", lambda column: size(sum(column.communicated.values())))
     return shown
 
 
