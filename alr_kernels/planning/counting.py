@@ -174,7 +174,7 @@ def _factor(shape: tuple[int, ...], block: str, setup: Setup, passes: int, gathe
     assert setup.lora is not None
     dtype = setup.lora.dtype
     split = setup.master == "split" and dtype == "bf16"
-    own = SIZE["fp32" if split else dtype]  # anchor and start of factors are exact
+    own = SIZE[dtype]  # anchor and start of factors are exact
     kept = Kept(dtype, setup.grad_dtype, setup.state_dtype, split=split).on(shape)
     parts, moved = kept.parts(), kept.traffic()
     if setup.penalised:

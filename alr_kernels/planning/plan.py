@@ -21,7 +21,8 @@ MOST = 4096  # devices that are tried
 
 NOT_COUNTED = (
     "activations, buffers of the model, temporary buffers of the framework (all-gather and reduce-scatter staging, "
-    "communication), the allocator's rounding, the CUDA context, and whatever importance or checkpoint you still hold"
+    "communication) and of the step's arithmetic, the allocator's rounding, the CUDA context, and whatever importance "
+    "or checkpoint you still hold"
 )
 
 
