@@ -123,5 +123,6 @@ def _device(name: str, memory: float | None, bandwidth: float | None) -> Device:
     for option, value in (("memory", memory), ("bandwidth", bandwidth)):
         if value is not None:
             changes[option] = 1e9 * _validate.number(option, value, open_low=True)
-    named = {"name": "your device"} if len(changes) == 2 else {}
-    return replace(DEVICES[name], **changes, **named)
+    if len(changes) == 2:
+        changes["name"] = "your device"
+    return replace(DEVICES[name], **changes)
