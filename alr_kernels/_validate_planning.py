@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,14 +16,14 @@ def no_json(path: Path, error: ValueError) -> NoReturn:
 
 
 def config(name: str, content: Any) -> None:
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, Mapping) or not content:
         raise ValueError(f"config: expected {FORM}, got {type(content).__name__} of length {len(content or ())}.")
-    if "model_type" not in content and not all(isinstance(value, list) for value in content.values()):
+    if "model_type" not in content and not all(isinstance(value, (list, tuple)) for value in content.values()):
         raise ValueError(f'config: {name} has no "model_type" and is no table of shapes either; expected {FORM}.')
 
 
 def shape(name: str, value: Any) -> None:
-    if not isinstance(value, list) or not all(type(size) is int and size > 0 for size in value):
+    if not isinstance(value, (list, tuple)) or not all(type(size) is int and size > 0 for size in value):
         raise ValueError(f"config: parameter {name!r}: expected a list of sizes ≥ 1, got {value!r}.")
 
 

@@ -79,8 +79,9 @@ def table(plan: Plan) -> Table:
         shown.add_row(label, *map(cell, plan.columns), style=style, end_section=last)
 
     present = [part for part in KEPT if any(column.kept[part] for column in plan.columns)]
+    labels = LABELS | ({"weights": "LoRA factors"} if setup.lora is not None else {})
     for part in present:
-        row(LABELS[part], lambda column, part=part: size(column.kept[part]), last=part == present[-1])  # type: ignore[misc]
+        row(labels[part], lambda column, part=part: size(column.kept[part]), last=part == present[-1])  # type: ignore[misc]
     row("kept from step to step", lambda column: size(column.total), "bold")
     if setup.sharded:
         row("  on the emptiest rank", lambda column: size(sum(column.emptiest.values())))
