@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -200,11 +201,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from plan_cases import live_bytes, llama
 
-rank, world = map(int, sys.argv[1:])
+rank, world, lora = map(int, sys.argv[1:])
 dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 mesh = init_device_mesh("cpu", (world,))
-model = llama()
-groups = [*model.model.layers, model]
+bare = model = llama()
+if lora:
+    import peft
+
+    model = peft.get_peft_model(bare, peft.LoraConfig(r=lora, target_modules=["q_proj", "v_proj"]))
+groups = [*bare.model.layers, model]
 for module in groups:
     fully_shard(module, mesh=mesh)
 tokens = torch.zeros(1, 4, dtype=torch.long)
@@ -215,30 +220,35 @@ live = live_bytes(optimizer, model)
 unsharded = []
 for module in groups:
     params = module._get_fsdp_state()._fsdp_param_group.fsdp_params
-    unsharded.append(sum(4 * param._orig_size.numel() for param in params))
+    whole = [(4 * param._orig_size.numel(), param.sharded_param.requires_grad) for param in params]
+    unsharded.append([sum(size for size, _ in whole), sum(size for size, trained in whole if trained)])
 print(json.dumps({"live": live, "unsharded": unsharded}))
 """
 
 
-@pytest.mark.parametrize(("rank", "world"), [(0, 4), (3, 4), (0, 3), (2, 3), (49, 50)])
-def test_fsdp2_holds_what_is_planned(rank, world, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "world", "lora"), [(0, 4, 0), (3, 4, 0), (49, 50, 0), (0, 4, 5), (3, 4, 5), (1, 2, 3)]
+)
+def test_fsdp2_holds_what_is_planned(rank, world, lora, tmp_path) -> None:
     """torch's own fully_shard, stepped by torch's AdamW, on a process group that only pretends to communicate."""
     script = tmp_path / "fsdp2.py"
     script.write_text(FSDP2, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, str(script), str(rank), str(world)], capture_output=True, text=True, check=False, timeout=120,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(script), *map(str, (rank, world, lora))], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    column = plan(tiny_llama(), [world], Setup("fsdp2", phase="plain")).columns[0]
+    setup = Setup("fsdp2", phase="plain", lora=Lora(lora) if lora else None)
+    column = plan(tiny_llama(), [world], setup).columns[0]
     assert counted(column.kept if rank == 0 else column.emptiest) == found["live"]
     *blocks, root = found["unsharded"]
+    weights = sorted(size for size, _ in blocks)
     assert column.in_model == {
-        "unsharded_outside_blocks": root,
-        "unsharded_block": max(blocks),
-        "prefetched_block": sorted(blocks)[-2],
-        "unsharded_gradients": max(found["unsharded"]),
+        "unsharded_outside_blocks": root[0],
+        "unsharded_block": weights[-1],
+        "prefetched_block": weights[-2],
+        "unsharded_gradients": max(trained for _, trained in found["unsharded"]),
     }
 
 
@@ -260,6 +270,8 @@ def test_what_a_step_gathers_of_lora() -> None:
     found = sent(phase="both")
     assert (found["gathered_factors"], found["reduced_pull"]) == (4 * count, 2 * count)
     assert found["statistics"] == 4 + 8 * 6 * 8  # the norm; six numbers of eight factors
+    found = sent(phase="tune")
+    assert (found["gathered_factors"], found["reduced_pull"]) == (3 * count, 2 * count)
     found = sent(phase="tune", mode="coupled")
     assert (found["gathered_factors"], found["reduced_pull"]) == (2 * count, count)
     found = sent(phase="record")
