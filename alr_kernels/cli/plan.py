@@ -47,7 +47,7 @@ class Master(str, Enum):
 
 
 def plan(
-    config: Annotated[Path, typer.Option(help='A Hugging Face config.json, or {"parameter name": [sizes]} as JSON.')],
+    config: Annotated[Path, typer.Option(help="A Hugging Face config.json, or JSON of shapes by parameter name.")],
     gpus: Annotated[str, typer.Option(help="Numbers of devices, one column each: 1,8,64")] = "1",
     strategy: Annotated[Strategy, typer.Option(help="How the model is spread.")] = Strategy.fsdp2,
     shard: Annotated[int | None, typer.Option(help="hsdp: devices that share one replica.")] = None,

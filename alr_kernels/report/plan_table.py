@@ -129,12 +129,13 @@ def heading(plan: Plan) -> list[str]:
     if setup.penalised:
         kept = [f"importance {setup.importance_dtype or 'fp32'}", f"anchor {setup.anchor_dtype or 'as param'}", *kept]
     kept += [f"master {setup.master}"] if setup.master != "none" else []
+    mode = f", {setup.mode}" if setup.penalised else ""
     device = plan.device
     about = [f"{device.memory / 1e9:,.0f} GB"] if device.memory is not None else []
     about += [f"{device.bandwidth / 1e9:,.0f} GB/s"] if device.bandwidth is not None else []
     return [
         f"{plan.model}: {plan.parameters:,} parameters in {plan.tensors:,} tensors",
-        f"trained: {trained}; {strategy}; phase {setup.phase}, {setup.mode}; {', '.join(kept)}",
+        f"trained: {trained}; {strategy}; phase {setup.phase}{mode}; {', '.join(kept)}",
         f"device: {device.name}, {', '.join(about) or 'memory and bandwidth unknown'}",
     ]
 
