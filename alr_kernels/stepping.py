@@ -75,7 +75,8 @@ class Stepping(Optimizer):
         for _, slot, param in members:
             slot.dtype = param.dtype
             record = self.record and param.requires_grad and slot.bound is None
-            needed = slot.importance is not None or record or self._storage.is_split(param)
+            split = self._storage.is_split(param) and param.requires_grad
+            needed = slot.importance is not None or record or split
             anchor = self._anchor.get(slot.name) if self._anchor else None
             _state.bind(slot, param, self.state[param] if needed else {}, self._storage, anchor, record)
         if self._balance is not None:
@@ -182,8 +183,9 @@ class Stepping(Optimizer):
         for (slot, param), state in zip(rows, states, strict=True):
             if "exp_avg" not in state:
                 _state.start_moments(param, state, self._storage)
-            if record and "path_integral" not in state:  # frozen when the recording began
-                _state.bind(slot, param, state, self._storage, None, True)
+            missing = (record, "path_integral"), (self._storage.is_split(param), "remainder")
+            if any(wanted and key not in state for wanted, key in missing):  # frozen when all others were bound
+                _state.bind(slot, param, state, self._storage, None, record)
         call = self._calls.get(key)
         if call is None or call.keys != [slot.index for slot, _ in rows]:
             call = self._calls[key] = Call([slot for slot, _ in rows], device, self.gathers and operands is None)

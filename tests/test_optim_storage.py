@@ -19,6 +19,7 @@ from cases import (
     members,
     random_importance,
     same_bits,
+    set_grads,
     take_step,
 )
 from forms import FORMS, LARGE, backends, fitting, forms, mixed_model, new, steps
@@ -107,6 +108,25 @@ def test_a_remainder_stands_beside_split_bf16_parameters_alone(master):
         assert ("remainder" in state) is (master == "split" and param.dtype == BF16), name
         assert all(t.dtype == torch.int16 and t.shape == param.shape for t in [state.get("remainder")] if t is not None)
     assert master != "split" or optimizer.state[model.head.bias]["remainder"].any()
+
+
+@pytest.mark.parametrize("record", [False, True])
+def test_frozen_parameters_get_a_remainder_when_they_first_step(record):
+    """A frozen model under LoRA would otherwise pay two bytes a parameter for nothing."""
+    models = mixed_model(BF16), mixed_model(BF16)
+    optimizers = [AlrAdamW(m.named_parameters(), master="split", record=record, lr=1e-2) for m in models]
+    models[0].layers[0].requires_grad_(False)
+    for optimizer, model in zip(optimizers, models, strict=True):
+        set_grads(optimizer, 0)
+        for param in model.layers[0].parameters():
+            param.grad = None
+        optimizer.step()
+    assert not any(optimizers[0].state[param] for param in models[0].layers[0].parameters())
+    models[0].layers[0].requires_grad_(True)
+    for optimizer in optimizers:
+        steps(optimizer, 1, 3)
+    assert_same_state(*optimizers)
+    assert optimizers[0].state[models[0].layers[0].weight]["remainder"].any()
 
 
 def test_float64_parameters_stay_float64():

@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that it changes nothing; every raise of three modules is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of four modules is reached."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import refusals_importance
 import refusals_lora
 import refusals_lora_optim
+import refusals_planning
 import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
@@ -55,10 +56,12 @@ from alr_kernels import (
     _validate,
     _validate_importance,
     _validate_lora,
+    _validate_planning,
     layer_coefficients,
 )
 
-SOURCES = tuple(Path(module.__file__) for module in (_validate, _validate_importance, _validate_lora))
+CHECKS = (_validate, _validate_importance, _validate_lora, _validate_planning)
+SOURCES = tuple(Path(module.__file__) for module in CHECKS)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -322,6 +325,7 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 } | SHARDED | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
+REFUSED |= refusals_planning.REFUSED
 
 
 @pytest.mark.parametrize("what", REFUSED)

@@ -22,7 +22,7 @@ from .shapes import Shape, elements
 from .timing import Step, copier, in_rounds, ratio, spread
 
 COPY = "copy"
-BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}
+BYTES = {kept: sum(roofline.form_bytes(kept, roofline.IMPORTANCE_SCALE)) for kept in ("fp32", "bf16", "int8", "int4")}
 XI = 1e-6
 DECAY = 0.9
 

@@ -17,7 +17,7 @@ from ..codecs.encoded import Encoded
 from ..lora.gradients import tangent
 from ..lora.passing import unstacked
 from ..lora.reference import Product, move
-from . import lora_model, memory
+from . import lora_model, memory, roofline
 from .importance import BYTES, COPY
 from .timing import Sample, Step, copier, in_rounds, ratio, spread
 
@@ -106,10 +106,11 @@ def eager_record(x: Operands) -> None:
 def _record_rows(x: Operands) -> list[Row]:
     gradients = unstacked(tangent(x.before, *x.grads, SCALING))
     moves = unstacked(move(x.before, x.after, SCALING))
+    moved = roofline.Kept(record=True).effective_traffic(passes=0)
     return [
         Row("record", EAGER, lambda: eager_record(x)),
-        Row("record", RECORD, lambda: _ops_lora.lora_record_(x.path_integrals, gradients, moves), 8.0, (EAGER,)),
-        Row("record", RECORD_WHOLE, lambda: record(x), 8.0, (EAGER,)),
+        Row("record", RECORD, lambda: _ops_lora.lora_record_(x.path_integrals, gradients, moves), moved, (EAGER,)),
+        Row("record", RECORD_WHOLE, lambda: record(x), moved, (EAGER,)),
     ]
 
 

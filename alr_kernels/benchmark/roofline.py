@@ -10,13 +10,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..codecs.storage import SMALL
+from ..codecs.reference import BLOCK
+from ..codecs.storage import fitting
 
 SIZE = {"fp32": 4.0, "bf16": 2.0, "fp16": 2.0}
 CODE = {"int8": 1.0, "int4": 0.5}
-BLOCK = 128  # elements that share a scale
 MOMENT_SCALE = 4.0  # bytes: fp32
 IMPORTANCE_SCALE = 2.0  # bytes: bf16
+REMAINDER = 2.0  # bytes: int16
+OMEGA = 4.0  # bytes: fp32
+
+
+def form_bytes(form: str, scale: float) -> tuple[float, float]:
+    """Return the bytes an element of a tensor in this form, and of its blocks' scales."""
+    return (CODE[form], scale / BLOCK) if form in CODE else (SIZE[form], 0.0)
 
 
 @dataclass(frozen=True)
@@ -33,29 +40,28 @@ class Kept:
 
     def on(self, shape: Sequence[int]) -> Kept:
         """Return how a tensor of this shape is kept: small ones and vectors wide, codes only in whole blocks."""
-        small = len(shape) < 2 or math.prod(shape) < SMALL
+        importance = None if self.importance is None else fitting(self.importance, shape)
+        anchor = None if self.anchor is None or fitting("bf16", shape) != "bf16" else self.anchor
+        return replace(self, moments=fitting(self.moments, shape), importance=importance, anchor=anchor)
 
-        def fitting(name: str) -> str:
-            return "fp32" if small or (name in CODE and shape[-1] % BLOCK) else name
+    def parts(self) -> dict[str, float]:
+        """Return the bytes an element of all that is kept beside weights and gradients, by what it is.
 
-        importance = None if self.importance is None else fitting(self.importance)
-        return replace(
-            self, moments=fitting(self.moments), importance=importance, anchor=None if small else self.anchor
-        )
-
-    @property
-    def moment_bytes(self) -> float:
-        """Bytes an element of both moments, scales included."""
-        return 2 * (CODE[self.moments] + MOMENT_SCALE / BLOCK if self.moments in CODE else SIZE[self.moments])
-
-    @property
-    def penalty_bytes(self) -> float:
-        """Bytes an element of importance and anchor, scales included."""
-        if self.importance is None:
-            return 0.0
-        coded = self.importance in CODE
-        importance = CODE[self.importance] + IMPORTANCE_SCALE / BLOCK if coded else SIZE[self.importance]
-        return importance + SIZE[self.anchor or self.param]
+        The start of a recording has memory of its own only where no anchor holds the same numbers: without importance,
+        or with an anchor that is narrower than the weight.
+        """
+        moments, moment_scales = form_bytes(self.moments, MOMENT_SCALE)
+        found = {"moments": 2 * moments, "moment_scales": 2 * moment_scales}
+        if self.importance is not None:
+            importance, importance_scales = form_bytes(self.importance, IMPORTANCE_SCALE)
+            found |= {"importance": importance, "importance_scales": importance_scales}
+            found["anchor"] = SIZE[self.anchor or self.param]
+        if self.split:
+            found["remainder"] = REMAINDER
+        if self.record:
+            shared = self.importance is not None and self.anchor in (None, "fp32", self.param)
+            found |= {"path_integral": OMEGA, "start": 0.0 if shared else SIZE[self.param]}
+        return found
 
     def traffic(self) -> float:
         """Return the bytes an element that one step must move.
@@ -63,17 +69,24 @@ class Kept:
         Parameter, moments, the split master's remainder and ω are read and written; the gradient, importance and
         anchor are read.
         """
-        twice = SIZE[self.param] + self.moment_bytes + (2.0 if self.split else 0.0) + (4.0 if self.record else 0.0)
-        return 2 * twice + SIZE[self.grad or self.param] + self.penalty_bytes
+        parts = self.parts()
+        written = ("moments", "moment_scales", "remainder", "path_integral")
+        twice = SIZE[self.param] + sum(parts.get(part, 0.0) for part in written)
+        once = ("importance", "importance_scales", "anchor")
+        return 2 * twice + SIZE[self.grad or self.param] + sum(parts.get(part, 0.0) for part in once)
+
+    def effective_traffic(self, passes: int) -> float:
+        """Return the bytes an element of U = s·B·A that a step moves besides the factors.
+
+        ω is read and written; Ω is read in each of the penalty's passes, of which coupled takes one and proximal two.
+        """
+        parts = self.parts()
+        read = parts.get("importance", 0.0) + parts.get("importance_scales", 0.0)
+        return 2 * parts.get("path_integral", 0.0) + passes * read
 
     def state(self) -> float:
-        """Return the bytes an element kept beside weights and gradients.
-
-        While recording, ω, and the start where no anchor holds it.
-        """
-        start = SIZE[self.param] if self.record and self.importance is None else 0.0
-        recording = 4.0 + start if self.record else 0.0
-        return self.moment_bytes + self.penalty_bytes + (2.0 if self.split else 0.0) + recording
+        """Return the bytes an element kept beside weights and gradients: the sum of :meth:`parts`."""
+        return sum(self.parts().values())
 
 
 def mean(quantity: Callable[[Kept], float], kept: Kept, shapes: Sequence[Sequence[int]]) -> float:

@@ -10,6 +10,7 @@ from .._version import __version__
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .plan import plan
 
 app = typer.Typer(
     name="alr-kernels",
@@ -37,3 +38,4 @@ def main(
 app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
+app.command()(plan)
