@@ -125,9 +125,26 @@ def part_of(name: str, value: Tensor, sharding: Sharding | None) -> Tensor:
     """
     if not is_sharded(value):
         return value if sharding is None else sharding.take(value)
-    placed = (value.device_mesh, tuple(value.placements))
-    _validate.sharded_alike(name, placed, None if sharding is None else (sharding.mesh, sharding.placements))
+    check_part(name, value, sharding)
     return local(value)
+
+
+def _placed(sharding: Sharding | None) -> tuple[Any, Any] | None:
+    return None if sharding is None else (sharding.mesh, sharding.placements)
+
+
+def check_part(name: str, value: Tensor, sharding: Sharding | None) -> None:
+    """Refuse a value that is sharded otherwise than the parameter to which it belongs; see :func:`part_of`."""
+    if is_sharded(value):
+        _validate.sharded_alike(name, (value.device_mesh, tuple(value.placements)), _placed(sharding))
+
+
+def check_gradient(name: str, grad: Tensor, sharding: Sharding | None) -> None:
+    """Refuse a gradient that does not lie as its parameter."""
+    if is_sharded(grad):
+        _validate.gradient_sharding(name, (grad.device_mesh, tuple(grad.placements)), _placed(sharding))
+    elif sharding is not None:
+        _validate.gradient_sharding(name, None, _placed(sharding))
 
 
 def all_reduce(values: Tensor, sharding: Sharding, largest: bool = False) -> Tensor:

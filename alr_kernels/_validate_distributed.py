@@ -28,12 +28,20 @@ def placements(name: str, placed: Sequence[Any]) -> None:
         )
 
 
+REMEDIES = {  # by the last word of what cannot be sharded so
+    "state": "state_dtype='fp32'",
+    "rounding": "master='split' or 'none'",
+    "importance": "fp32 for it (importance_dtype, or dtype when saving; given codes: importance.astype('fp32'))",
+    "factor": "fully_shard(), which shards by rows",
+}
+
+
 def rows_alone(name: str, what: str, placed: Sequence[Any], by_rows: bool) -> None:
-    """Refuse codes and random rounding of what is not a range of rows."""
+    """Refuse codes, random rounding and LoRA factors of what is not a range of rows."""
     if not by_rows:
         raise RuntimeError(
-            f"parameter {name!r}: {what} is kept by rows and shards along dimension 0 only, got {tuple(placed)}; "
-            "use fp32 for it (importance_dtype, state_dtype, master) or Shard(0)."
+            f"parameter {name!r}: expected it sharded by rows, once, as Shard(0), for {what}, got {tuple(placed)}; use "
+            f"{REMEDIES[what.rpartition(' ')[2]]}, or Shard(0)."
         )
 
 
@@ -51,12 +59,19 @@ def sharded_alike(name: str, got: tuple[Any, Any], expected: tuple[Any, Any] | N
         )
 
 
-def gradient_sharding(name: str, grad: Tensor, sharded: bool) -> NoReturn:
-    forms = ["an unsharded tensor", "a DTensor"]
-    raise RuntimeError(
-        f"parameter {name!r}: expected {forms[sharded]} as gradient, as the parameter is, got {forms[not sharded]} "
-        f"({type(grad).__name__}); was the model sharded or gathered between backward and step?"
-    )
+def gradient_sharding(name: str, got: tuple[Any, Any] | None, expected: tuple[Any, Any] | None) -> None:
+    """Refuse a gradient (mesh, placements; None: unsharded) that does not lie as its parameter."""
+    if got is None or expected is None:
+        forms = ["a DTensor" if placed else "an unsharded tensor" for placed in (expected, got)]
+        raise RuntimeError(
+            f"parameter {name!r}: expected {forms[0]} as gradient, as the parameter is, got {forms[1]}; was the model "
+            "sharded or gathered between backward and step?"
+        )
+    if got != expected:
+        raise RuntimeError(
+            f"parameter {name!r}: expected its gradient sharded as the parameter, {expected[1]} on {expected[0]}, got "
+            f"{got[1]} on {got[0]}; set p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step."
+        )
 
 
 def not_flattened(name: str, param: Tensor) -> None:
@@ -81,6 +96,7 @@ def same_parameters(shapes: Mapping[str, Sequence[int]], now: Sequence[Tensor]) 
             f"{len(now)} in their place: DeepSpeed ZeRO and the like put one flat tensor there; {RECIPE}."
         )
     for (name, shape), param in zip(shapes.items(), now, strict=True):
+        not_flattened(name, param)
         if tuple(param.shape) != tuple(shape):
             raise RuntimeError(
                 f"parameter {name!r}: expected shape {tuple(shape)} as when the optimizer was built, got "
@@ -93,12 +109,12 @@ def no_gradient(names: Sequence[str]) -> None:
     """Say that a first step has nothing to do: raise in a job of many processes, whose launchers replace parameters."""
     message = (
         f"step: none of the {len(names)} parameters ({listed(names, 3)}) has ever had a gradient. Were they re-created "
-        "after the optimizer was built (fully_shard(), to_empty(), a quantised or copied model)? Build the optimizer "
-        "from the model as it is trained, and call backward() before step()."
+        "after the optimizer was built (fully_shard(), FSDP1, to_empty(), a quantised or copied model)? Build the "
+        "optimizer from the model as it is trained, and call backward() before step()."
     )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of step(), behind torch's two wrappers
 
 
 def no_zero_redundancy() -> None:
@@ -126,14 +142,14 @@ def whole_job(mesh_size: int, world_size: int) -> None:
 
 def shared_folder(path: str, missing: Sequence[int]) -> None:
     if missing:
-        raise RuntimeError(
+        raise FileNotFoundError(
             f"importance file {path!r}: expected a folder that every process sees, but ranks {list(missing)} do not "
             "find the file that rank 0 began; save to a shared file system."
         )
 
 
 def several_writers_failed(path: str, reasons: Sequence[str]) -> NoReturn:
-    raise RuntimeError(
+    raise OSError(
         f"importance file {path!r}: expected every rank to write its part, got {listed(reasons)}; nothing was changed."
     )
 

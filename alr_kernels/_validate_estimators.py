@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._validate import FLOAT_DTYPES, listed
+from ._validate_distributed import not_flattened
 
 
 def model(name: str, value: Any) -> None:
@@ -20,9 +21,19 @@ def model(name: str, value: Any) -> None:
             "unfreeze those whose importance is wanted."
         )
     for key, param in value.named_parameters():
-        if param.requires_grad and (hasattr(param, "to_local") or param.is_meta):
-            kind = "a DTensor" if hasattr(param, "to_local") else "on the meta device"
-            raise RuntimeError(f"{name}: parameter {key!r} is {kind}; estimate on a whole model in one process.")
+        if not param.requires_grad:
+            continue
+        if param.is_meta:
+            raise RuntimeError(
+                f"{name}: parameter {key!r} is on the meta device; materialise the model and load its weights first."
+            )
+        if hasattr(param, "to_local"):
+            raise RuntimeError(
+                f"{name}: expected a whole model in one process, got parameter {key!r} as a DTensor; run it on the "
+                "unsharded model, or record the path integral, AlrAdamW(..., record=True) or ImportanceRecorder, which "
+                "work on shards."
+            )
+        not_flattened(key, param)
 
 
 def batches(name: str, value: Any) -> None:

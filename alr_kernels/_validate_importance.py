@@ -214,10 +214,13 @@ def mergeable(first: Any, second: Any) -> None:
 
 
 def importance_path(path: str | PathLike[str]) -> Path:
-    """Return where to write, once the name says what it is and the folder is there."""
+    """Return where to write, once the name says what it is."""
     target = Path(path)
     if target.suffix != ".safetensors":
         raise ValueError(f"importance file: expected a name ending in .safetensors, got {str(path)!r}.")
+    return target
+
+
+def importance_folder(target: Path) -> None:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"importance file: there is no folder {str(target.parent)!r}; create it first.")
-    return target

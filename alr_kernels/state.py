@@ -188,7 +188,6 @@ def bind(
     """
     slot.sharding = _dtensor.Sharding.of(slot.name, param)
     if slot.sharding is not None:
-        _rows_alone(slot, param, storage)
         slot.offset = slot.sharding.first_element if slot.sharding.by_rows else 0
         anchor = None if anchor is None else _dtensor.part_of(f"anchor of {slot.name}", anchor, slot.sharding)
     if storage.is_split(param) and "remainder" not in state:
@@ -234,9 +233,16 @@ def local_importance(slot: Slot, param: Tensor) -> Encoded:
     return sharded.encoded_part(slot.importance, slot.name, sharding).to(param.device)
 
 
-def _rows_alone(slot: Slot, param: Tensor, storage: Storage) -> None:
-    """Refuse codes and random numbers where what is here of the parameter is no range of rows."""
-    assert slot.sharding is not None
+def check_sharding(slot: Slot, param: Tensor, storage: Storage, anchors: Mapping[str, Tensor] | None) -> None:
+    """Refuse, before anything is bound, what does not lie as the parameter; codes and random numbers where what is here
+    of it is no range of rows."""
+    sharding = _dtensor.Sharding.of(slot.name, param)
+    if anchors and slot.name in anchors:
+        _dtensor.check_part(f"anchor of {slot.name}", anchors[slot.name], sharding)
+    if slot.importance is not None and not slot.placed:
+        _dtensor.check_part(f"importance of {slot.name}", slot.importance.values, sharding)
+    if sharding is None:
+        return
     kinds = {f"{storage.state_format(param)} state": storage.state_format(param) in (*CODES, "bf16")}
     kinds["stochastic rounding"] = storage.master == "stochastic" and param.dtype is torch.bfloat16
     if slot.importance is not None and not slot.placed:
@@ -244,7 +250,7 @@ def _rows_alone(slot: Slot, param: Tensor, storage: Storage) -> None:
         kinds[f"{kept} importance"] = kept in CODES
     for what, found in kinds.items():
         if found:
-            _validate_distributed.rows_alone(slot.name, what, slot.sharding.placements, slot.sharding.by_rows)
+            _validate_distributed.rows_alone(slot.name, what, sharding.placements, sharding.by_rows)
 
 
 def decoded_importance(slot: Slot, param: Tensor) -> Tensor:

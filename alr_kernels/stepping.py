@@ -61,12 +61,12 @@ class Stepping(Optimizer):
             _validate_distributed.same_parameters({slot.name: slot.shape for slot in slots}, group["params"])
         members = self._members()
         for _, slot, param in members:
-            _validate_distributed.not_flattened(slot.name, param)
             _validate.steppable(slot.name, _dtensor.local(param))
             if self.capturable:
                 _validate.capturable(slot.name, param)
             if slot.importance is not None and not slot.placed:
                 _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
+            _state.check_sharding(slot, param, self._storage, self._anchor)
         if not self.state and all(param.grad is None for _, _, param in members):
             _validate_distributed.no_gradient([slot.name for _, slot, _ in members])
         if self._space is not None:
@@ -102,8 +102,7 @@ class Stepping(Optimizer):
                     continue
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
-                if (slot.sharding is None) is _dtensor.is_sharded(grad):
-                    _validate_distributed.gradient_sharding(slot.name, grad, slot.sharding is not None)
+                _dtensor.check_gradient(slot.name, grad, slot.sharding)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
                 source = slot.bound or slot

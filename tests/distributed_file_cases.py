@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import os
+import resource
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -27,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from alr_kernels import AlrAdamW, Importance
+from alr_kernels import AlrAdamW, Importance, ImportanceRecorder
 
 HYPER = {"lr": 1e-2, "weight_decay": 0.1, "reg_lambda": 0.3}
 
@@ -111,6 +117,78 @@ def importance_stays_sharded(folder):
     same_state(*runs, models, exact=False)
 
 
+def recorder(kind, folder):
+    """ImportanceRecorder around torch's own AdamW on sharded weights, finalised and saved."""
+    models = Weights(), shard(Weights(), *mesh_of(kind))
+    kept = []
+    for model in models:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with ImportanceRecorder(optimizer, model.named_parameters()) as found:
+            for step in range(3):
+                give(model, gradients(step))
+                optimizer.step()
+        kept.append(found)
+    expected, got = (found.finalise(xi=1e-3) for found in kept)
+    assert any(row.max > 0 for row in expected.stats.values())
+    same_importance(expected, got)
+    path = folder / f"recorder-{kind}.safetensors"
+    kept[1].save(path, xi=1e-3)
+    dist.barrier()
+    same_importance(expected, Importance.load(path))
+
+
+@contextlib.contextmanager
+def small_files():
+    """What a full disk or a quota does to this process: a write beyond 2 kB is an OSError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def denied(path, mode="r"):
+    raise PermissionError(13, "Permission denied", str(path))
+
+
+FAILURES = {  # what → (rank that it happens to, how, what every rank is told)
+    "begins no file": (0, small_files, "rank 0: .*File too large"),
+    "cannot write its part": (1, small_files, "rank 1: .*File too large"),
+    "cannot open the file": (1, lambda: mock.patch.object(builtins, "open", denied), "rank 1: .*Permission denied"),
+    "does not see the folder": (
+        1, lambda: mock.patch.object(os.path, "exists", lambda path: False), r"every process sees, but ranks \[1\]",
+    ),
+    "cannot publish it": (0, lambda: mock.patch.object(os, "replace", denied), "rank 0: .*Permission denied"),
+}  # fmt: skip
+
+
+def one_rank_fails(what, folder):
+    """All ranks get the error, without waiting for each other for ever; the file that was there stays."""
+    rank, failure, message = FAILURES[what]
+    run = recorded(shard(Weights(), *mesh_of("rows")), 2)
+    place = folder / what
+    if dist.get_rank() == 0:
+        place.mkdir()
+    dist.barrier()
+    path = place / "i.safetensors"
+    run.save_importance(path, xi=1e-3)
+    dist.barrier()
+    before = path.read_bytes()
+    with failure() if dist.get_rank() == rank else contextlib.nullcontext(), pytest.raises(OSError, match=message):
+        run.save_importance(path, xi=1.0)
+    dist.barrier()
+    assert [*place.iterdir()] == [path]
+    assert path.read_bytes() == before
+    dist.barrier()
+    run.save_importance(path, xi=1.0)  # the next one is not disturbed
+    dist.barrier()
+    assert path.read_bytes() != before
+    assert Importance.load(path).xi == 1.0
+    with pytest.raises(OSError, match="there is no folder"):
+        run.save_importance(folder / "nowhere" / "i.safetensors", xi=1.0)
+
+
 VARIANTS = {
     "fp32": ({}, torch.float32),
     "lean": (LEAN, torch.float32),
@@ -167,6 +245,8 @@ CASES = {
         ("replicate", "int8", False),
     ]},
     "importance stays sharded": (importance_stays_sharded,),
+    **{f"recorder {kind}": (recorder, kind) for kind in ("rows", "hsdp", "columns")},
+    **{f"a rank {what}": (one_rank_fails, what) for what in FAILURES},
     **{f"save {variant}": (save_checkpoint, variant) for variant in VARIANTS},
 }  # fmt: skip
 LOADS = {f"load {variant}{' meta' * meta}": (load_checkpoint, variant, meta) for variant, meta in [

@@ -67,12 +67,6 @@ def wrong_gradient_shape(c):
         param.data = kept
 
 
-def dtensor(c):
-    param = p()
-    param.to_local = lambda: None
-    step(param)
-
-
 def anchored(c, **changes):
     anchor = {name: t.detach() for name, t in c.model.named_parameters()} | changes
     return new(c, c.importance, anchor={name: t for name, t in anchor.items() if t is not None})

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from refusals import p
 
-from alr_kernels import Importance
+from alr_kernels import Importance, ImportanceRecorder
 from alr_kernels.importance import ImportanceWriter
 
 
@@ -95,5 +95,14 @@ REFUSED = {
     ),
     "merge of two models": (
         lambda c: of("mas").merged(of("mas", shape=3)), ValueError, r"'w' differ \('w': \(2,\) and \(3,\)\)",
+    ),
+    "recorder strangers": (
+        lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), [("w", p())]),
+        ValueError, "of the optimizer, got 'w'",
+    ),
+    "recorder nothing": (lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), []), ValueError, "got none"),
+    "recorder twice": (
+        lambda c: ImportanceRecorder(c.optimizer, [("a", c.model.head.bias), ("b", c.model.head.bias)]),
+        ValueError, "'b'.*'a'",
     ),
 }  # fmt: skip

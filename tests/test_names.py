@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import tiny_model
+from cases import tiny_model, train
 from hypothesis import given
 from hypothesis import strategies as st
+from refusals_distributed import job
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from alr_kernels import AlrAdamW, Importance, layer_coefficients
 from alr_kernels.names import WRAPPER_COMPONENTS, layer_of, unwrap
 
 
@@ -49,6 +54,38 @@ def test_real_wrappers():
     assert next(compiled.named_parameters())[0] != names[0]
     parallel = torch.nn.DataParallel(model)
     assert [unwrap(name) for name, _ in parallel.named_parameters()] == names
+
+
+WRAPPERS = {
+    "none": lambda model: model,
+    "ddp": DistributedDataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled ddp": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
+    "ddp of compiled": lambda model: DistributedDataParallel(torch.compile(model, backend="eager")),
+    "fsdp2": fully_shard,
+    "compiled fsdp2": lambda model: torch.compile(fully_shard(model), backend="eager"),
+    "checkpointed fsdp2": lambda model: fully_shard(checkpoint_wrapper(model)),
+}
+
+
+@pytest.mark.parametrize("before", WRAPPERS)
+def test_importance_recorded_under_one_wrapper_is_used_under_another(before, tmp_path):
+    """In one process: names are what is tested, not layouts."""
+    path = tmp_path / "importance.safetensors"
+    names = [name for name, _ in tiny_model().named_parameters()]
+    with job(world=1, backend="gloo"):
+        model = WRAPPERS[before](tiny_model())
+        recording = AlrAdamW(model.named_parameters(), record=True)
+        train(model, recording)
+        recording.save_importance(path)
+        importance = Importance.load(path)
+        assert list(importance) == names
+        for wrap in WRAPPERS.values():
+            model = wrap(tiny_model())
+            tuning = AlrAdamW(model.named_parameters(), importance)
+            train(model, tuning)
+            assert tuning.coeffs.keys() == layer_coefficients(importance).keys()
+            assert all("anchor" in tuning.state[param] for param in model.parameters())
 
 
 @pytest.mark.parametrize(

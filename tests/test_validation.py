@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that it changes nothing; every raise of four modules is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of five modules is reached."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import refusals_distributed
 import refusals_importance
 import refusals_lora
 import refusals_lora_optim
@@ -25,7 +26,6 @@ from refusals import (
     another_optimizers_state,
     context,
     converted_after_the_first_step,
-    dtensor,
     group,
     grow_moment,
     load,
@@ -51,16 +51,16 @@ from alr_kernels import (
     AlrAdamW,
     DynamicCoeffs,
     Importance,
-    ImportanceRecorder,
     _ops,
     _validate,
+    _validate_distributed,
     _validate_importance,
     _validate_lora,
     _validate_planning,
     layer_coefficients,
 )
 
-CHECKS = (_validate, _validate_importance, _validate_lora, _validate_planning)
+CHECKS = (_validate, _validate_distributed, _validate_importance, _validate_lora, _validate_planning)
 SOURCES = tuple(Path(module.__file__) for module in CHECKS)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
@@ -187,7 +187,6 @@ REFUSED = {
     ),
     "sparse gradient": (sparse_gradient, RuntimeError, "'weight'.*sparse gradients.*sparse=False"),
     "gradient shape": (wrong_gradient_shape, RuntimeError, r"'head.weight'.*shape \(1, 8\), expected \(2, 2\)"),
-    "DTensor": (dtensor, RuntimeError, "'w' is a DTensor.*DDP"),
     "curvature": (
         lambda c: step(p(), torch.ones(2), importance={"w": torch.tensor([0.0, 1e-10])}, reg_lambda=1e30),
         ValueError, "'w'.*more than float32 holds.*reg_lambda",
@@ -309,15 +308,6 @@ REFUSED = {
         lambda c: load(c, other_fingerprint),
         ValueError, "importance 0{16}.*this optimizer has.*same importance",
     ),
-    "recorder strangers": (
-        lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), [("w", p())]),
-        ValueError, "of the optimizer, got 'w'",
-    ),
-    "recorder nothing": (lambda c: ImportanceRecorder(torch.optim.SGD([p()], lr=1), []), ValueError, "got none"),
-    "recorder twice": (
-        lambda c: ImportanceRecorder(c.optimizer, [("a", c.model.head.bias), ("b", c.model.head.bias)]),
-        ValueError, "'b'.*'a'",
-    ),
     "recorder released": (released, RuntimeError, r"released every gradient.*AlrAdamW\(record=True\)"),
     "recorder scaled": (scaled, RuntimeError, r"loss scale.*scaler\.unscale_"),
     "backend that cannot": (
@@ -325,7 +315,7 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 } | SHARDED | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
-REFUSED |= refusals_planning.REFUSED
+REFUSED |= refusals_planning.REFUSED | refusals_distributed.REFUSED
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -377,6 +367,12 @@ def test_a_step_refused_at_its_first_call_binds_no_anchor():
     moved = model.embed.weight.detach().clone()
     optimizer.step()
     assert torch.equal(optimizer.state[model.embed.weight]["anchor"], moved)
+
+
+def test_no_gradient_at_all_is_told_in_one_process():
+    with pytest.warns(RuntimeWarning, match=r"none of the 1 parameters \('w'\) .*call backward\(\)") as told:
+        one().step()
+    assert told[0].filename == __file__
 
 
 def test_a_master_needs_one_bf16_parameter():

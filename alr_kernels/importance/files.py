@@ -153,6 +153,7 @@ class ImportanceWriter:
         self._failed = ""  # why this rank could not write; the others must not be left waiting
         with self._together():
             if job.rank == 0:
+                _validate_importance.importance_folder(self._target)
                 self._scratch = Scratch(self._target)
                 self._file = self._scratch.file
                 self._file.write(header)
@@ -166,6 +167,7 @@ class ImportanceWriter:
         """Open on every rank the file that rank 0 began."""
         path = self._job.told(None if self._failed or self._scratch is None else str(self._scratch.path))
         if path is None:
+            self.abort()
             _validate_distributed.several_writers_failed(str(self._target), [self._job.told(self._failed)])
         missing = [rank for rank, found in enumerate(self._job.all(os.path.exists(path))) if not found]
         if missing:
@@ -256,8 +258,9 @@ class ImportanceWriter:
     def _publish(self) -> None:
         if self._job.size > 1:
             with self._together():
-                self._file.flush()
-                os.fsync(self._file.fileno())
+                if not self._failed:  # else there may be no file
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
             reasons = [reason for reason in self._job.all(self._failed) if reason]
             if reasons:
                 _validate_distributed.several_writers_failed(str(self._target), reasons)

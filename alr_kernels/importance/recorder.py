@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _ops, _validate, _validate_importance
-from .._dtensor import Sharding, local
+from .. import _ops, _validate, _validate_distributed, _validate_importance
+from .._dtensor import Sharding, check_gradient, local
 from ..codecs.storage import fitting, parse
 from ..names import unwrap
 from . import sharded
@@ -137,6 +137,8 @@ class ImportanceRecorder:
         _validate_importance.recorder_members(
             dict(pairs), (p for group in optimizer.param_groups for p in group["params"])
         )
+        for name, param in pairs:
+            _validate_distributed.not_flattened(name, param)
         self._params = dict(pairs)
         self._maximize = {id(p): bool(g.get("maximize")) for g in optimizer.param_groups for p in g["params"]}
         self._starts: dict[str, Tensor] = {}
@@ -173,6 +175,8 @@ class ImportanceRecorder:
         _validate_importance.recorder_scaling(getattr(optimizer, "grad_scale", None))
         self._had_grads = any(param.grad is not None for param in self._params.values())
         for name, param in self._params.items():
+            if param.grad is not None:
+                check_gradient(name, param.grad, Sharding.of(name, param))
             if name not in self._starts:
                 if param.grad is None and not param.requires_grad:
                     continue  # frozen; recorded from its first gradient on

@@ -134,9 +134,12 @@ class Space:
         record: bool, names: Sequence[Sequence[str]],
     ) -> None:  # fmt: skip
         """Take anchors and starts, and bring importance into the form in which it is read; see ``state.bind``."""
+        for bound in self.bounds:  # all are checked before any is bound
+            bound.shard(bound.params(groups))
+            if bound.importance is not None and not bound.placed:
+                _dtensor.check_part(f"importance of {bound.name}", bound.importance.values, bound.rows)
         for bound in self.bounds:
             params = bound.params(groups)
-            bound.shard(params)
             for param, position, sharding in zip(params, (bound.up, bound.down), bound.of_factors, strict=True):
                 given = anchors.get(names[bound.group][position]) if anchors else None
                 given = None if given is None else _dtensor.part_of(f"anchor of {bound.name}", given, sharding)

@@ -67,6 +67,7 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], every: int, method: str, model: nn.Module, of: Any) -> None:
         _validate.count("every", every)
         self.path = _validate_importance.importance_path(path)
+        _validate_importance.importance_folder(self.path)
         self.every = every
         self._about = {
             "format": FORMAT,
