@@ -157,7 +157,7 @@ FAILURES = {  # what → (rank that it happens to, how, what every rank is told)
     "cannot write its part": (1, small_files, "rank 1: .*File too large"),
     "cannot open the file": (1, lambda: mock.patch.object(builtins, "open", denied), "rank 1: .*Permission denied"),
     "does not see the folder": (
-        1, lambda: mock.patch.object(os.path, "exists", lambda path: False), r"every process sees, but ranks \[1\]",
+        1, lambda: mock.patch.object(os.path, "exists", return_value=False), r"every process sees, but ranks \[1\]",
     ),
     "cannot publish it": (0, lambda: mock.patch.object(os, "replace", denied), "rank 0: .*Permission denied"),
 }  # fmt: skip
