@@ -72,7 +72,7 @@ class Sharding:
     @cached_property
     def splits(self) -> tuple[int, ...]:
         """Mesh dimensions over which the tensor is split; over the others every rank has the same."""
-        return tuple(i for i, placement in enumerate(self.placements) if placement.is_shard())
+        return tuple(i for i, placement in enumerate(self.placements) if placement.is_shard() and self.mesh.size(i) > 1)
 
     @cached_property
     def by_rows(self) -> bool:
@@ -206,10 +206,16 @@ def statistics(tables: Sequence[Tensor], shardings: Sequence[Sharding | None]) -
     return found
 
 
+def mostly_padding(rows: int, ranks: int) -> bool:
+    """Whether gathering chunks of equal size would send more than summing whole tensors, which costs twice their size:
+    the factors of LoRA have few rows, and most of many ranks have none."""
+    return -(-rows // ranks) * ranks > 2 * rows
+
+
 def gather_rows(parts: Tensor, sharding: Sharding) -> Tensor:
     """Return stacked local rows [P, rows here, ...] as the whole [P, rows, ...], on every rank; one message.
 
-    ``sharding``: of one of the P, split by rows.
+    ``parts`` are float32 or float64. ``sharding``: of one of the P, split by rows.
     """
     import torch.distributed as dist
 
@@ -218,6 +224,12 @@ def gather_rows(parts: Tensor, sharding: Sharding) -> Tensor:
     group = sharding.mesh.get_group(sharding.splits[0])
     ranks, rows = group.size(), sharding.shape[0]
     chunk = -(-rows // ranks)  # rows of the fullest
+    if mostly_padding(rows, ranks):  # the bits of who has a row, and zeros of all others: their sum as integers
+        whole = parts.new_zeros(parts.shape[0], rows, *parts.shape[2:], device=sharding.mesh.device_type)
+        whole[:, sharding.rows] = parts
+        bits = torch.int64 if parts.dtype is torch.float64 else torch.int32
+        dist.all_reduce(whole.view(bits), group=group)
+        return whole.to(parts.device)
     padded = parts.new_zeros(parts.shape[0], chunk, *parts.shape[2:], device=sharding.mesh.device_type)
     padded[:, : parts.shape[1]] = parts
     gathered = [torch.empty_like(padded) for _ in range(ranks)]

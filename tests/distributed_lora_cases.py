@@ -96,6 +96,8 @@ def pairs_of(kind, layout, rank, dtype, estimator, options, folder):
 F64, F32 = torch.float64, torch.float32
 CASES = {
     "lora proximal": (pairs_of, "mixed", "rows", 2, F64, "tangent", {}),
+    "lora rank 1": (pairs_of, "mixed", "rows", 1, F64, "tangent", {}),
+    "lora rank 1 float32": (pairs_of, "wide", "rows", 1, F32, "tangent", {"mode": "coupled"}),
     "lora coupled, clipped": (
         pairs_of, "mixed", "rows", 3, F64, "tangent", {"mode": "coupled", "max_grad_norm": 0.5},
     ),

@@ -6,11 +6,13 @@ A spawn runs many cases (importing torch takes longer than most of them); each i
 from __future__ import annotations
 
 import distributed_file_cases
+import distributed_plan_cases
 import pytest
 import ranks
 import torch
+from refusals_distributed import job
 
-MODULES = ("distributed_cases", "distributed_lora_cases", "distributed_file_cases")
+MODULES = ("distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_plan_cases")
 LOADING = ("distributed_loading_cases",)
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
@@ -49,3 +51,10 @@ def test_on_two_ranks(two, case):
 def test_one_process_loads_what_four_saved(four, folder, variant):
     assert not four[f"save {variant}"]
     distributed_file_cases.load_checkpoint(variant, False, folder)
+
+
+@pytest.mark.parametrize("case", [name for name in distributed_plan_cases.CASES if "hsdp" not in name])
+def test_plan_of_one_process(case, tmp_path):
+    function, *arguments = distributed_plan_cases.CASES[case]
+    with job(world=1, backend="gloo"):
+        function(*arguments, tmp_path)

@@ -261,22 +261,24 @@ def test_hsdp_is_fsdp2_of_one_replica() -> None:
 
 
 def test_what_a_step_gathers_of_lora() -> None:
-    """Of linear layers A [8, 128]: as it is, its anchor, after the step, its gradient; pull and curvature on it."""
+    """Of linear layers A [8, 128]; tests/distributed_plan_cases.py counts the messages of real steps of every kind."""
     count = 4 * 8 * 128 * 4  # two modules in two layers, float32
+    gram = 4 * 8 * 8 * 8  # float64
 
     def sent(**options):
         return plan(tiny_llama(), [4], Setup(lora=Lora(8), **options)).columns[0].communicated
 
-    found = sent(phase="both")
-    assert (found["gathered_factors"], found["reduced_pull"]) == (4 * count, 2 * count)
-    assert found["statistics"] == 4 + 8 * 6 * 8  # the norm; six numbers of eight factors
-    found = sent(phase="tune")
-    assert (found["gathered_factors"], found["reduced_pull"]) == (3 * count, 2 * count)
-    found = sent(phase="tune", mode="coupled")
-    assert (found["gathered_factors"], found["reduced_pull"]) == (2 * count, count)
-    found = sent(phase="record")
-    assert (found["gathered_factors"], found["reduced_pull"]) == (3 * count, 0)
-    assert sent(phase="plain")["gathered_factors"] == 0
+    def found(**options):
+        return tuple(sent(**options)[part] for part in ("gathered_factors", "reduced_pull"))
+
+    assert found(phase="tune") == (3 * count, 2 * count)  # A, its anchor, A again; pull and curvature
+    assert found(phase="both") == (5 * count, 2 * count + gram)  # and its gradient, and after the step
+    assert found(phase="tune", mode="coupled") == (3 * count, count)  # A, its anchor, its gradient; pull
+    assert found(phase="both", mode="coupled") == (4 * count, count + gram)
+    assert found(phase="record") == (3 * count, gram)
+    assert found(phase="plain") == (0, 0)
+    assert sent(phase="tune")["statistics"] == 8 * 8 + 4 * 7 * 8  # eight norms; seven numbers of four pairs
+    assert sent(phase="record")["statistics"] == 8 * 8 + 8 * 7 * 8  # seven of eight factors
     alone = plan(tiny_llama(), [1], Setup(lora=Lora(8), phase="both")).columns[0]
     assert not any(alone.communicated.values())
 

@@ -79,6 +79,7 @@ class Stack:
         self.left, self.right = reversed(sides) if self.transposed else sides
         self.penalised = penalised
         self.before: Product | None = None  # the factors before the step, once something has asked for them
+        self.anchors: Product | None = None
         self.gradient: list[Product | Tensor] = []
         self.pulls: list[list[Pull]] = []
         self.grads: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -121,8 +122,10 @@ class Stack:
     def pull(self, sides: str, curvature: bool, scales: Tensor, backend: str) -> tuple[Product, list[Pull]]:
         """Return the present factors and the penalty's pull there, at λ = 1."""
         now = self.factors() if self.pulls else self.first()
-        anchors = (torch.stack([state["anchor"] for state in states]) for states in self.states)
-        drift = move(Product(*self.matrices(*anchors)), now, self.scaling)
+        if self.anchors is None:  # sharded ones are gathered once for both waves
+            anchors = (torch.stack([state["anchor"] for state in states]) for states in self.states)
+            self.anchors = Product(*self.matrices(*anchors))
+        drift = move(self.anchors, now, self.scaling)
         if not self.pulls:
             self.drift = drift
         scaled = unstacked(now.scaled(self.scaling))

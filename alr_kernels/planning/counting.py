@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .._dtensor import mostly_padding
 from ..benchmark.roofline import SIZE, Kept
 from ..names import layer_of
 from ..step.plan import STATISTICS
@@ -20,8 +21,9 @@ from .models import Weight
 from .setup import Setup
 
 STEP_COUNT = 4  # bytes a tensor: float32
-NORM = 4  # bytes: of the norm that max_grad_norm clips
+NORM = 8  # bytes a tensor: of the norm that max_grad_norm clips, float64
 COMPUTE = 4  # bytes: LoRA's factors are gathered in float32
+GRAM = 8  # bytes: Gram matrices are float64
 STATISTIC = 8  # bytes: float64
 
 # What is counted, in the order in which it is printed.
@@ -50,10 +52,10 @@ class Item(NamedTuple):
     """Tensors that are alike: what is kept of each, bytes an element."""
 
     shape: tuple[int, ...]
-    block: str  # "" outside blocks
-    dtype: str  # of the weight
+    block: str = ""  # "" outside blocks
+    dtype: str = ""  # of the weight
     trained: bool = False
-    exists: bool = True  # False: U = s·B·A of a pair, of which only ω and Ω exist
+    exists: bool = True  # False: U = s·B·A of a pair, of which only ω and Ω exist, and what a step gathers
     grad: float = 0.0
     parts: tuple[tuple[str, float], ...] = ()
     moved: float = 0.0  # by a step
@@ -155,22 +157,17 @@ def _pair(weight: Weight, block: str, setup: Setup) -> list[Item]:
     kept = Kept(importance=importance, record=setup.records).on(weight.shape)
     parts = tuple((part, size) for part, size in kept.parts().items() if part in OF_U)
     return [
-        _factor(up, block, setup, passes, gathers=transposed),
-        _factor(down, block, setup, passes, gathers=True),
+        _factor(up, block, setup),
+        _factor(down, block, setup),
         Item(weight.shape, block, "", exists=False, parts=parts, moved=kept.effective_traffic(passes)),
+        *_exchanged(m, up, down, transposed, setup),
     ]
 
 
 OF_U = ("importance", "importance_scales", "path_integral")
 
 
-def _factor(shape: tuple[int, ...], block: str, setup: Setup, passes: int, gathers: bool) -> Item:
-    """Return a factor of a pair.
-
-    ``gathers``: its rows are not those of the Ω that a rank holds, so that all of them are needed: as they are and
-    their anchor, after the step, and their gradient. The pull on it is then summed over ranks, with its curvature if
-    the mode is proximal. B of a linear layer is cut as the weight is, and its rows are at hand.
-    """
+def _factor(shape: tuple[int, ...], block: str, setup: Setup) -> Item:
     assert setup.lora is not None
     dtype = setup.lora.dtype
     split = setup.master == "split" and dtype == "bf16"
@@ -182,15 +179,32 @@ def _factor(shape: tuple[int, ...], block: str, setup: Setup, passes: int, gathe
         moved += own
     elif setup.records:
         parts["start"] = own
-    copies = 1.0 + setup.penalised + (setup.records or passes == 2) + setup.records
-    return Item(
-        shape, block, dtype, True, True,
-        grad=SIZE[setup.grad_dtype or dtype],
-        parts=tuple(parts.items()),
-        moved=moved,
-        gathered=COMPUTE * copies if gathers and setup.phase != "plain" else 0.0,
-        reduced=float(COMPUTE * passes) if gathers else 0.0,
-    )  # fmt: skip
+    grad = SIZE[setup.grad_dtype or dtype]
+    return Item(shape, block, dtype, True, True, grad=grad, parts=tuple(parts.items()), moved=moved)
+
+
+def _exchanged(m: int, up: tuple[int, ...], down: tuple[int, ...], transposed: bool, setup: Setup) -> list[Item]:
+    """Return what a step gathers and sums of a pair whose factors are sharded, as tensors that do not stay.
+
+    The rows of the factor on the right are not those of Ω that a rank holds, so that all of them are needed: as they
+    are, their anchor, once they have moved (proximal), their gradient (coupled, recording), and after the step
+    (recording). The pull on it is summed over ranks, with its curvature if the mode is proximal. B of a linear layer is
+    cut as the weight is, and its rows are at hand; of a transposed one both factors are cut otherwise: A is gathered
+    as well, and so is what A is stepped with, to be cut as A is. Recording sums B's Gram matrix.
+    """
+    assert setup.lora is not None
+    proximal, coupled = (setup.penalised and setup.mode == mode for mode in ("proximal", "coupled"))
+    copies = (setup.penalised or setup.records) + setup.penalised + proximal + (coupled or setup.records)
+    gathered = float(COMPUTE * (copies + setup.records))
+    pulls = float(COMPUTE * (2 * proximal + coupled))
+    right, left = (up, down) if transposed else (down, up)
+    found = [Item(right, exists=False, gathered=gathered, reduced=pulls)]
+    if transposed:
+        found += [Item(left, exists=False, gathered=gathered)]
+        found += [Item((m, setup.lora.rank), exists=False, gathered=pulls)]
+    if setup.records:
+        found += [Item((setup.lora.rank, setup.lora.rank), exists=False, reduced=float(GRAM))]
+    return found
 
 
 # ---- one device ----
@@ -238,6 +252,11 @@ def in_model(items: Counter[Item]) -> dict[str, int]:
     }
 
 
+def _gathered_numel(shape: tuple[int, ...], shards: int) -> int:
+    """Return the elements of a tensor that cross ranks: every rank's part is padded to the fullest's."""
+    return math.prod(shape) if mostly_padding(shape[0], shards) else shards * local_numel(shape, shards, 0)
+
+
 def column(items: Counter[Item], setup: Setup, gpus: int) -> Column:
     """Count one device of ``gpus``."""
     shards = setup.shards(gpus)
@@ -248,10 +267,17 @@ def column(items: Counter[Item], setup: Setup, gpus: int) -> Column:
     in_step = {"gathered_factors": 0, "reduced_pull": 0}
     communicated = {**in_step, "statistics": 0}
     if shards > 1:
+        gathered = padded = reduced = 0.0
+        for item, count in items.items():
+            gathered += count * math.prod(item.shape) * item.gathered
+            padded += count * _gathered_numel(item.shape, shards) * item.gathered if item.gathered else 0.0
+            reduced += count * math.prod(item.shape) * item.reduced
+        in_step = {"gathered_factors": round(gathered), "reduced_pull": round(reduced)}
         trained = sum(count for item, count in items.items() if item.trained)
-        in_step = {
-            "gathered_factors": round(sum(n * math.prod(item.shape) * item.gathered for item, n in items.items())),
-            "reduced_pull": round(sum(n * math.prod(item.shape) * item.reduced for item, n in items.items())),
+        rows = trained // 2 if setup.lora is not None and setup.penalised else trained  # of pairs
+        communicated = {
+            "gathered_factors": round(padded),
+            "reduced_pull": round(reduced),
+            "statistics": NORM * trained + STATISTIC * (len(STATISTICS) + 1) * rows,
         }
-        communicated = {**in_step, "statistics": NORM + STATISTIC * len(STATISTICS) * trained}
     return Column(gpus, shards, kept, emptiest, in_model(items), in_step, round(moved), communicated)

@@ -100,7 +100,8 @@ def _built(content: dict[str, Any]) -> nn.Module:
 
 
 def _of_module(model: nn.Module) -> tuple[Weight, ...]:
-    kinds = {id(module.weight): _kind(module) for module in model.modules() if hasattr(module, "weight")}
+    modules = [module for module in model.modules() if hasattr(module, "weight")]
+    kinds = {id(module.weight): _kind(module) for module in reversed(modules)}  # a tied weight is called as the first
     found = []
     for name, param in model.named_parameters():
         dtype = NAMES.get(str(param.dtype), str(param.dtype))
