@@ -148,3 +148,13 @@ def factors_alike(name: str, up: Any, down: Any) -> None:
         )
     if up is not None:
         rows_alone(name, "a LoRA factor", up.placements, up.by_rows)
+
+
+def same_checkpoints(folder: str, seen: Sequence[Sequence[str]]) -> None:
+    """Refuse to load where processes see different checkpoints: each would go on from its own."""
+    if any(names != seen[0] for names in seen):
+        each = "; ".join(f"rank {rank}: {listed(names) or 'none'}" for rank, names in enumerate(seen))
+        raise ValueError(
+            f"checkpoints in {folder!r}: expected the same ones on every process, got {each}; "
+            "use a folder on a shared file system."
+        )
