@@ -59,9 +59,9 @@ def importance_fits(
     if unmatched and (found := _other_prefix(entries, params, unmatched)):
         old, new, fitting = found
         raise ValueError(
-            f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; where its names begin "
-            f"with {old!r}, the parameters' begin with {new!r}, and {fitting} of its {len(entries)} entries fit once "
-            f"that is changed: pass importance.renamed({old!r}, {new!r})."
+            f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; {fitting} of "
+            f"{len(entries)} fit with {new!r} before their names in place of {old!r}: pass "
+            f"importance.renamed({old!r}, {new!r})."
         )
     if unmatched:
         raise ValueError(
@@ -100,8 +100,9 @@ def _other_prefix(
         return sum(to in params and tuple(params[to]) == tuple(entries[name]) for name, to in moved.items())
 
     counted = [(fits(old, new), old, new) for old, new in sorted(candidates)]
-    best = max(counted, default=(0, "", ""))
-    return (best[1], best[2], best[0]) if 2 * best[0] > len(entries) else None
+    most, old, new = max(counted, default=(0, "", ""))
+    told = most > 1 or not (old and new)  # one entry and two prefixes: any two names would do
+    return (old, new, most) if told and 2 * most > len(entries) else None
 
 
 def prefix(old: str, names: Iterable[str]) -> None:

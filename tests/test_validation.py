@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that it changes nothing; every raise of three modules is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of four modules is reached."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from refusals import (
     with_importance,
     wrong_gradient_shape,
 )
+from refusals_trainers import REFUSED as OF_TRAINERS
 from torch import nn
 
 from alr_kernels import (
@@ -53,11 +54,14 @@ from alr_kernels import (
     _ops,
     _validate,
     _validate_importance,
+    _validate_integrations,
     _validate_lora,
     layer_coefficients,
 )
 
-SOURCES = tuple(Path(module.__file__) for module in (_validate, _validate_importance, _validate_lora))
+SOURCES = tuple(
+    Path(module.__file__) for module in (_validate, _validate_importance, _validate_integrations, _validate_lora)
+)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -320,7 +324,7 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
+} | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED | OF_TRAINERS  # fmt: skip
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -346,8 +350,7 @@ def test_every_raise_is_reached():
             frames = traceback.extract_tb(caught.__traceback__)
             reached |= {(frame.filename, frame.lineno) for frame in frames}
     for source in SOURCES:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        raises = [node for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.Raise)]
         assert raises
         missed = [
             node.lineno
