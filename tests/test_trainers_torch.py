@@ -9,25 +9,11 @@ import pytest
 import torch
 from cases import TinyModel, random_importance, tiny_loss, tiny_model, tiny_optimizer, train
 from torch.utils.checkpoint import checkpoint
-from trainer_cases import OPTIONS, assert_same_run, task_grads, watched
+from trainer_cases import OPTIONS, assert_same_run, batches, mse, task_grads, watched
 
 from alr_kernels import AlrAdamW
 
 STEPS = 5
-
-
-def batches(number, parts=1):
-    """Return the data of one step, cut into micro-batches."""
-    generator = torch.Generator().manual_seed(number)
-    x = torch.randn(64, 4, generator=generator)
-    return (x, (x[:, :1] * x[:, 1:2]).sin())[:2] if parts == 1 else list(
-        zip(x.chunk(parts), (x[:, :1] * x[:, 1:2]).sin().chunk(parts), strict=True)
-    )  # fmt: skip
-
-
-def mse(model, batch):
-    x, y = batch
-    return (model(x).float() - y).square().mean()
 
 
 def test_accumulation_is_one_step_of_the_full_batch():

@@ -142,11 +142,12 @@ def test_groups_are_split_as_trainer_splits_them(make, tmp_path):
     assert not split[0] & split[1]
 
 
-def test_groups_know_norms_by_type_and_leave_out_what_is_frozen_or_empty():
-    model = nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2), nn.Linear(2, 2))
+def test_groups_know_norms_by_type_and_vectors_by_shape_and_leave_out_what_is_frozen_or_empty():
+    model = nn.Sequential(nn.LayerNorm((3, 4)), nn.Linear(4, 2), nn.Linear(2, 2), nn.PReLU(2))
     model[2].weight = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+    model.register_parameter("position_bias", nn.Parameter(torch.ones(2, 2)))
     named = [[name for name, _ in group["params"]] for group in param_groups(model)]
-    assert named == [["1.weight"], ["0.weight", "0.bias", "1.bias", "2.bias"]]
+    assert named == [["1.weight"], ["position_bias", "0.weight", "0.bias", "1.bias", "2.bias", "3.weight"]]
     assert len(param_groups(nn.Linear(2, 2, bias=False))) == 1
 
 

@@ -59,6 +59,19 @@ def watched(model, **options):
     return AlrAdamW(model.named_parameters(), importance, **options), Shadow(model, importance)
 
 
+def batches(number, parts=1):
+    """Return the data (x, y) of one step, or a list of its micro-batches."""
+    generator = torch.Generator().manual_seed(number)
+    x = torch.randn(64, 4, generator=generator)
+    y = (x[:, :1] * x[:, 1:2]).sin()
+    return (x, y) if parts == 1 else list(zip(x.chunk(parts), y.chunk(parts), strict=True))
+
+
+def mse(model, batch):
+    x, y = batch
+    return (model(x).float() - y).square().mean()
+
+
 def task_grads(model, loss):
     """Return name → the gradient of the loss, without touching ``p.grad``."""
     named = dict(model.named_parameters())
