@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import random_importance, tiny_model, tiny_optimizer
@@ -55,6 +57,32 @@ def test_bf16():
         assert any(not torch.equal(param.grad, exact[name]) for name, param in model.named_parameters())
         optimizer.step()
     shadow.check(model, inner)
+
+
+def test_loss_scaling_and_a_skipped_step():
+    """accelerate's wrapper hands the scaler over; it does not see that a step was skipped, the state does."""
+    model = tiny_model()
+    inner, shadow = watched(model)
+    accelerate.Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    optimizer = accelerate.optimizer.AcceleratedOptimizer(inner, scaler=scaler)
+    for number in range(STEPS):
+        if number == 2:
+            weights, saved = copy.deepcopy((model.state_dict(), inner.state_dict()))
+        else:
+            shadow.step(task_grads(model, mse(model, batches(number))))
+        scaler.scale(mse(model, batches(number))).backward()
+        if number == 2:
+            model.embed.weight.grad[0, 0] = torch.nan
+        optimizer.step()
+        optimizer.zero_grad()
+        if number == 2:
+            assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+            for key, state in inner.state_dict()["state"].items():
+                assert all(torch.equal(value, saved["state"][key][what]) for what, value in state.items())
+            assert not optimizer.step_was_skipped
+    shadow.check(model, inner)
+    assert inner.recorded_steps == STEPS - 1
 
 
 def in_float32(model, batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from cases import random_importance, tiny_model
@@ -84,6 +86,49 @@ def test_accumulation_schedule_and_clipping_inside(tmp_path):
     trainer = fit(module, tmp_path, [witness, AlrCallback()], accumulate_grad_batches=4)
     assert witness.steps == 6
     witness.shadow.check(module, trainer.optimizers[0])
+
+
+class Overflow(pl.Callback):
+    """Puts an infinity into the third step's gradient, and notes what is there before and after that step."""
+
+    def __init__(self):
+        self.before = None
+
+    def on_after_backward(self, trainer, module):
+        if trainer.fit_loop.total_batch_idx == 2:
+            module.model.head.weight.grad[0, 0] = torch.inf
+            self.before = copy.deepcopy((module.state_dict(), trainer.optimizers[0].state_dict()["state"]))
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.fit_loop.total_batch_idx == 2:
+            weights, states = self.before
+            assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+            for key, state in trainer.optimizers[0].state_dict()["state"].items():
+                assert all(torch.equal(value, states[key][what]) for what, value in state.items())
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_16_mixed(tmp_path, clip):
+    """Gradients arrive scaled; a step with infinities is skipped; Lightning itself refuses to clip, the step clips."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10**6)
+    mixed = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler)
+    options = OPTIONS | {"coeffs": "uniform", "normalize": False, "mode": "coupled", "record": True}
+    module = Module(options | {"max_grad_norm": clip})
+    module.importance = importance_of(module)
+    overflow = Overflow()
+    trainer = fit(module, tmp_path, [overflow, AlrCallback()], plugins=[mixed])
+    assert overflow.before is not None
+    assert trainer.optimizers[0].recorded_steps == 5
+    recorded = trainer.optimizers[0].recorded_importance()
+    total = sum(row.path_integral_sum for row in recorded.stats.values())
+    assert 1e-4 < abs(total) < 1  # unscaled: 2^10 times as much otherwise
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(
+            Module(OPTIONS),
+            tmp_path,
+            gradient_clip_val=1.0,
+            plugins=[pl.plugins.MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))],
+        )
 
 
 PHASES = {
