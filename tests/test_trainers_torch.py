@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -230,3 +232,10 @@ def test_schedules_that_write_into_groups(kind):
         train(other, resumed, first=number)
         again.step()
     assert_same_run((other, resumed), (model, optimizer))
+
+
+def test_no_framework_is_imported_unasked():
+    code = "import sys, alr_kernels, alr_kernels.integrations as i; alr_kernels.AlrAdamW, i.param_groups; "
+    code += "print(sorted({'transformers', 'accelerate', 'lightning', 'trl', 'peft'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
