@@ -17,7 +17,6 @@ import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
     ALPHAS,
-    SHARDED,
     add_group,
     add_remainder,
     add_scales,
@@ -45,6 +44,7 @@ from refusals import (
     with_importance,
     wrong_gradient_shape,
 )
+from refusals_trainers import REFUSED as OF_TRAINERS
 from torch import nn
 
 from alr_kernels import (
@@ -55,12 +55,13 @@ from alr_kernels import (
     _ops,
     _validate,
     _validate_importance,
+    _validate_integrations,
     _validate_lora,
     _validate_planning,
     layer_coefficients,
 )
 
-CHECKS = (_validate, _validate_importance, _validate_lora, _validate_planning)
+CHECKS = (_validate, _validate_importance, _validate_integrations, _validate_lora, _validate_planning)
 SOURCES = tuple(Path(module.__file__) for module in CHECKS)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
@@ -324,7 +325,7 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | SHARDED | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
+} | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED | OF_TRAINERS  # fmt: skip
 REFUSED |= refusals_planning.REFUSED
 
 
@@ -351,8 +352,7 @@ def test_every_raise_is_reached():
             frames = traceback.extract_tb(caught.__traceback__)
             reached |= {(frame.filename, frame.lineno) for frame in frames}
     for source in SOURCES:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        raises = [node for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.Raise)]
         assert raises
         missed = [
             node.lineno
