@@ -51,12 +51,14 @@ def sharded_alike(name: str, got: tuple[Any, Any], expected: tuple[Any, Any] | N
         )
 
 
-def gradient_sharding(name: str, grad: Tensor, sharded: bool) -> NoReturn:
-    forms = ["an unsharded tensor", "a DTensor"]
-    raise RuntimeError(
-        f"parameter {name!r}: expected {forms[sharded]} as gradient, as the parameter is, got {forms[not sharded]} "
-        f"({type(grad).__name__}); was the model sharded or gathered between backward and step?"
-    )
+def gradient_sharding(name: str, grad: Tensor, sharded: bool) -> None:
+    """Refuse a gradient that is sharded where the parameter is not, or the other way round."""
+    if hasattr(grad, "to_local") is not sharded:
+        forms = ["an unsharded tensor", "a DTensor"]
+        raise RuntimeError(
+            f"parameter {name!r}: expected {forms[sharded]} as gradient, as the parameter is, got {forms[not sharded]} "
+            f"({type(grad).__name__}); was the model sharded or gathered between backward and step?"
+        )
 
 
 def not_flattened(name: str, param: Tensor) -> None:

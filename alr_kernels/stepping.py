@@ -102,7 +102,7 @@ class Stepping(Optimizer):
                     continue
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
-                if (slot.sharding is None) is _dtensor.is_sharded(grad):
+                if slot.sharding is not None or type(grad) is not Tensor:
                     _validate_distributed.gradient_sharding(slot.name, grad, slot.sharding is not None)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
@@ -180,12 +180,12 @@ class Stepping(Optimizer):
         if operands is not None and self.mode == "coupled":  # what is stepped with is finished, penalty included
             penalised, maximize, shared = False, False, (1.0, 1.0, shared[2])
         states = [self.state[param] for _, param in rows]
+        split = self._storage.is_split(rows[0][1])
         for (slot, param), state in zip(rows, states, strict=True):
             if "exp_avg" not in state:
                 _state.start_moments(param, state, self._storage)
-            missing = (record, "path_integral"), (self._storage.is_split(param), "remainder")
-            if any(wanted and key not in state for wanted, key in missing):  # frozen when all others were bound
-                _state.bind(slot, param, state, self._storage, None, record)
+            if (record and "path_integral" not in state) or (split and "remainder" not in state):
+                _state.bind(slot, param, state, self._storage, None, record)  # frozen when all others were bound
         call = self._calls.get(key)
         if call is None or call.keys != [slot.index for slot, _ in rows]:
             call = self._calls[key] = Call([slot for slot, _ in rows], device, self.gathers and operands is None)
