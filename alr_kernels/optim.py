@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _ops, _validate, _validate_importance, _validate_lora
+from . import _ops, _validate, _validate_importance, _validate_lora, compiled
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
@@ -20,6 +20,10 @@ from .saving import Saving
 from .step.plan import MASTERS, MODES
 
 
+@compiled.outside(
+    *("penalty", "penalty_by_layer", "stats", "grad_norm", "recorded_steps", "recorded_importance", "save_importance"),
+    *("coeffs", "set_coeffs", "start_phase", "restart_recording", "add_param_group", "state_dict", "load_state_dict"),
+)
 class AlrAdamW(Saving):
     r"""AdamW that learns a domain while pulling important weights towards their anchor.
 
@@ -132,7 +136,8 @@ class AlrAdamW(Saving):
         self.max_grad_norm = max_grad_norm
         if max_grad_norm is not None:
             _validate.number("max_grad_norm", max_grad_norm, open_low=True)
-        self.grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._handle = compiled.register(self)
         self._slots: list[list[_state.Slot]] = []
         self._penalty: _state.Penalty | None = None
         self._balance: Balance | None = None
@@ -261,11 +266,22 @@ class AlrAdamW(Saving):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_dynamo_compiling():
+            compiled.step(self)
+        else:
+            self._step()
+        return loss
+
+    # An LR scheduler would wrap step() to set _opt_called itself, in a file that dynamo refuses to trace.
+    setattr(step, "_wrapped_by_lr_sched", True)  # noqa: B010 - a function has no such attribute to mypy
+
+    def _step(self) -> None:
+        self._opt_called = True
         if not self._bound:
             self._bind()
         buckets = self._buckets()
         if not buckets:
-            return loss
+            return
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse = 1.0 if scale is None else scale.double().reciprocal()
         clip = 1.0 if self.max_grad_norm is None else self._clip(buckets, inverse)
@@ -275,11 +291,13 @@ class AlrAdamW(Saving):
             self._version += 1
         if self.record:
             self._count_recorded(found_inf)
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that ``lora_pairs(estimator="exact")`` gathered included."""
-        super().zero_grad(set_to_none)
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+        else:
+            super().zero_grad(set_to_none)
         if self._space is not None:
             self._space.drop_gradients()
 

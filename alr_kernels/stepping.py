@@ -29,7 +29,8 @@ class Stepping(Optimizer):
     precise: bool
     capturable: bool
     max_grad_norm: float | None
-    grad_norm: Tensor | None
+    _grad_norm: Tensor | None
+    _handle: str
     _slots: list[list[_state.Slot]]
     _penalty: _state.Penalty | None
     _balance: Balance | None
@@ -124,8 +125,8 @@ class Stepping(Optimizer):
         ordered = [norms[index] for index in sorted(norms)]  # the sum of squares depends on the order
         home = ordered[0].device
         total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in ordered]))
-        self.grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        self._grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
+        return (self.max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0)
 
     @property
     def gathers(self) -> bool:
