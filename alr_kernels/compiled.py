@@ -55,7 +55,8 @@ def step(optimizer: AlrAdamW) -> None:
     """Put the step into the graph that is being traced."""
     positions = [i for i, param in enumerate(members(optimizer)) if param.grad is not None]
     params = [members(optimizer)[i] for i in positions]
-    if not all(type(param) in (Tensor, torch.nn.Parameter) for param in params):
+    plain = all(type(param) in (Tensor, torch.nn.Parameter) for param in params)
+    if not plain or optimizer._attached is not None:
         _step_outside(optimizer)  # for tensor subclasses torch needs a rule of each op
         return
     grads = [param.grad for param in params]

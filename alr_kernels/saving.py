@@ -84,5 +84,5 @@ class Saving(Readings):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_handle" not in self.__dict__:  # a copy, or unpickled; torch's load_state_dict comes here too
-            self._handle = compiled.register(self)
+            self._handle, self._attached = compiled.register(self), None
         self._calls, self._latest, self._curvature_checked = {}, [], {}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from .lora.space import Space
 from .step.call import Call, upload
 from .step.plan import Options
 
+if TYPE_CHECKING:
+    from .in_backward import Attachment
+    from .lora.space import Bound
+
+
+Buckets = dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]
+
 
 class Stepping(Optimizer):
     """The stepping half of :class:`AlrAdamW`, and the attributes that both halves share."""
@@ -31,6 +38,7 @@ class Stepping(Optimizer):
     max_grad_norm: float | None
     _grad_norm: Tensor | None
     _handle: str
+    _attached: Attachment | None
     _slots: list[list[_state.Slot]]
     _penalty: _state.Penalty | None
     _balance: Balance | None
@@ -84,14 +92,20 @@ class Stepping(Optimizer):
         self._calls.clear()
         self._curvature_checked = {}
 
-    def _buckets(self) -> dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]:
-        """Group what has a gradient by group, device and every format, checking every gradient first."""
-        buckets: dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]] = {}
-        for group_index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+    def _buckets(self, only: tuple[int, Sequence[int]] | None = None) -> Buckets:
+        """Group what has a gradient by group, device and every format, checking every gradient first.
+
+        ``only`` these positions of a group: each becomes a bucket of its own, whose call is kept from step to step.
+        """
+        buckets: Buckets = {}
+        for group_index in range(len(self.param_groups)) if only is None else only[:1]:
+            group, slots = self.param_groups[group_index], self._slots[group_index]
+            places = range(len(slots)) if only is None else only[1]
             reg_lambda = known_strength(group["reg_lambda"])
             penalising = reg_lambda > 0
             checked = self._curvature_checked.get(group_index) == (reg_lambda, self._version)
-            for slot, param in zip(slots, group["params"], strict=True):
+            for position in places:
+                slot, param = slots[position], group["params"][position]
                 grad = param.grad
                 if grad is None:
                     continue
@@ -106,12 +120,13 @@ class Stepping(Optimizer):
                 wave = PLAIN
                 if penalised and slot.bound is not None:
                     wave = SECOND if slot.left and self.mode == "proximal" else FIRST
-                key = (group_index, param.device, slot.place, grad.dtype, penalised, wave)
+                alone = -1 if only is None else slot.index
+                key = (group_index, param.device, slot.place, grad.dtype, penalised, alone, wave)
                 row = buckets.get(key)
                 if row is None:
                     row = buckets[key] = []
                 row.append((slot, param))
-            whole = all(param.grad is not None for param in group["params"])
+            whole = only is None and all(param.grad is not None for param in group["params"])
             self._curvature_checked[group_index] = (reg_lambda, self._version) if checked or whole else None
         return buckets
 
@@ -134,19 +149,24 @@ class Stepping(Optimizer):
         return self._gathers_stats or self._balance is not None
 
     def _step_buckets(
-        self, buckets: Mapping[Any, list[tuple[_state.Slot, Tensor]]], shared: tuple[Any, Any, Any]
-    ) -> None:
-        """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went."""
-        pairs = Pass(self._space, self, shared) if self._space is not None else None
+        self, buckets: Buckets, shared: tuple[Any, Any, Any], bounds: Sequence[Bound] | None = None
+    ) -> list[Any]:
+        """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went.
+
+        ``bounds``: of all pairs only these. Returns what :attr:`_latest` holds.
+        """
+        bounds = self._space.bounds if bounds is None and self._space is not None else bounds
+        pairs = Pass(self._space, self, shared, bounds) if self._space is not None and bounds else None
         before = {tuple(latest.names): latest.statistics for latest in self._latest if isinstance(latest, Latest)}
-        self._latest = []
+        found: list[Any] = []
         for wave in sorted({key[-1] for key in buckets}):
             operands = pairs.operands(wave) if pairs is not None and wave != PLAIN else None
             for key, rows in buckets.items():
                 if key[-1] == wave:
-                    self._latest.append(self._step_bucket(key, rows, shared, operands))
+                    found.append(self._step_bucket(key, rows, shared, operands))
         if pairs is not None:
-            self._latest += pairs.finish(before)
+            found += pairs.finish(before)
+        return found
 
     def _step_bucket(
         self, key: tuple[Any, ...], rows: list[tuple[_state.Slot, Tensor]], shared: tuple[Any, Any, Any],
@@ -183,9 +203,15 @@ class Stepping(Optimizer):
         found_inf = shared[2].to(device).reshape(()) if isinstance(shared[2], Tensor) else None
         if found_inf is not None:
             call.steps -= found_inf
-        if penalised and operands is None and self._balance is not None:
+        if penalised and operands is None and self._balance is not None and self._attached is None:
             self._balance.observe(call.names, call.statistics, found_inf)
         return call
+
+    def _count_step(self, found_inf: Tensor | None) -> None:
+        if self._balance is not None and self._balance.advance():
+            self._version += 1
+        if self.record:
+            self._count_recorded(found_inf)
 
     def _count_recorded(self, found_inf: Tensor | None) -> None:
         if found_inf is None and not self.capturable:
