@@ -112,7 +112,6 @@ class Attachment:
             for slot, param in rows:
                 self._stepped[slot.index] = True
                 param.grad = None
-                torch.autograd.graph.increment_version(param)  # autograd then refuses an alias that forward saved
 
     def _keep(self, bucket: tuple[Any, ...], wave: int, penalised: bool, keys: Sequence[int], found: Any) -> None:
         columns = zip(keys, found.names, found.statistics.unbind(), strict=True)

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from backward_cases import STEPS, assert_same_readings, follow
 from cases import (
     ALPHAS,
     BF16,
@@ -24,12 +25,9 @@ from cases import (
 )
 from forms import FORMS, mixed_model
 from forms import new as mixed_optimizer
-from lora_models import adapted, llama
 from torch import nn
 
-from alr_kernels import AlrAdamW, DynamicCoeffs, lora_pairs
-
-STEPS = 4
+from alr_kernels import AlrAdamW, DynamicCoeffs
 
 
 def mixed_loss(model, seed=0):
@@ -38,41 +36,6 @@ def mixed_loss(model, seed=0):
     y = torch.tanh(model.layers[0](x)).repeat(1, 4)[:, :100]
     y = torch.tanh(model.layers[1](y)).repeat(1, 2)
     return model.head(torch.einsum("bi,eoi->bo", y, model.experts[0]).repeat(1, 8)).square().float().mean()
-
-
-def follow(models, optimizers, loss=tiny_loss, steps=STEPS, change=lambda optimizer, number: None):
-    """Train both, the second within backward, and hold it to the first bit for bit after every step."""
-    with optimizers[1].attach_to_backward():
-        for number in range(steps):
-            for model, optimizer in zip(models, optimizers, strict=True):
-                optimizer.zero_grad()
-                loss(model, number % 3).backward()
-                optimizer.step()
-            assert all(param.grad is None for param in members(optimizers[1]))
-            assert_same_state(*optimizers)
-            assert_same_readings(*optimizers)
-            for optimizer in optimizers:
-                change(optimizer, number + 1)
-    train_on(models, optimizers, loss)
-
-
-def train_on(models, optimizers, loss):
-    """Take one whole step with each: what within backward left behind is what a whole step goes on with."""
-    for model, optimizer in zip(models, optimizers, strict=True):
-        optimizer.zero_grad()
-        loss(model, 7).backward()
-        optimizer.step()
-    assert_same_state(*optimizers)
-
-
-def assert_same_readings(optimizer, other):
-    assert optimizer.recorded_steps == other.recorded_steps
-    assert dict(optimizer.coeffs or {}) == dict(other.coeffs or {})
-    if optimizer._gathers_stats:
-        rows, others = optimizer.stats(), other.stats()
-        assert set(rows) == set(others)
-        for layer, row in rows.items():
-            assert all(same_bits(value, others[layer][key]) for key, value in row.items()), layer
 
 
 def twins(**options):
@@ -95,6 +58,32 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_normal_steps_bits(options):
     follow(*twins(**options))
+
+
+class Wide(nn.Module):
+    """One layer of many parameters, whose statistics rounding adds up differently in another order."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.ParameterDict({f"p{i}": torch.randn(9, i + 1) for i in range(7)})])
+
+
+def test_statistics_are_added_up_in_the_order_of_a_whole_step():
+    def loss(model, seed):
+        return sum((param.sin() * (i + seed + 1)).square().sum() for i, param in enumerate(model.parameters()))
+
+    for options in ({"stats": True}, {"coeffs": DynamicCoeffs("uniform", every=1)}):
+        models = [Wide(), Wide()]
+        optimizers = [tiny_optimizer(model, **options) for model in models]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            named = list(model.named_parameters())
+            plain = [(f"layers.0.extra{i}", nn.Parameter(torch.full((3,), 0.1 * i))) for i in range(3)]
+            for name, param in plain:
+                model.register_parameter(name.replace(".", "_"), param)
+            assert len(named) == 7
+            optimizer.add_param_group({"params": plain})
+        follow(models, optimizers, loss)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -144,6 +133,25 @@ def test_several_groups_and_frozen_parameters():
     follow(models, optimizers, change=unfreeze)
 
 
+def assert_steps_in_backward(model, optimizer, loss):
+    loss(model, 0).backward()
+    assert all(param.grad is None for param in members(optimizer)), "not before step()"
+    optimizer.step()
+
+
+def test_what_is_unfrozen_is_stepped_in_backward_from_the_next_step_on():
+    model = tiny_model()
+    optimizer = tiny_optimizer(model)
+    model.head.weight.requires_grad_(False)
+    optimizer.attach_to_backward()
+    assert_steps_in_backward(model, optimizer, tiny_loss)
+    model.head.weight.requires_grad_(True)
+    optimizer.step()
+    before = model.head.weight.detach().clone()
+    assert_steps_in_backward(model, optimizer, tiny_loss)
+    assert not same_bits(model.head.weight, before)
+
+
 def test_a_group_that_is_added_later():
     models, optimizers = twins(record=True)
     extra = [nn.Linear(4, 1) for _ in range(2)]
@@ -160,6 +168,11 @@ def test_a_group_that_is_added_later():
         return tiny_loss(model, seed) + of[id(model)](torch.ones(1, 4)).square().sum()
 
     follow(models, optimizers, loss, change=add)
+    optimizers[1].attach_to_backward()
+    last = nn.Parameter(torch.ones(2))
+    optimizers[1].add_param_group({"params": [("last", last)]})
+    last.sum().backward()
+    assert last.grad is None, "stepped in the backward pass that comes first"
 
 
 def test_parameters_that_took_no_part():
@@ -379,77 +392,6 @@ def test_with_a_compiled_model_and_train_step():
     assert optimizers[1].recorded_steps == STEPS
 
 
-# ---------------------------------------------------------------- LoRA pairs
-
-
-TOKENS = torch.arange(48).view(3, 16) % 32
-
-
-def lora_loss(model, seed):
-    tokens = TOKENS.roll(seed, 1)
-    return model(input_ids=tokens, labels=tokens).loss
-
-
-def lora_twins(estimator="tangent", **options):
-    models, optimizers = [], []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = adapted(llama(), ["q_proj", "v_proj"])
-        pairs = lora_pairs(model, estimator=estimator)
-        generator = torch.Generator().manual_seed(1)
-        importance = {pair.name: torch.rand(pair.shape, generator=generator) for pair in pairs}
-        options = {"lr": 1e-2, "weight_decay": 0.1, "reg_lambda": 0.5} | options
-        models.append(model)
-        optimizers.append(AlrAdamW(model.named_parameters(), importance, lora=pairs, **options))
-    return models, optimizers
-
-
-LORA = {
-    "proximal": {"record": True, "stats": True},
-    "coupled": {"mode": "coupled", "record": True, "stats": True},
-    "dynamic": {"coeffs": DynamicCoeffs("uniform", every=2), "record": True},
-    "lambda 0": {"reg_lambda": 0.0, "record": True},
-    "factored": {"estimator": "factored", "record": True},
-    "exact": {"estimator": "exact", "record": True},
-}
-
-
-@pytest.mark.parametrize("options", LORA.values(), ids=LORA)
-def test_pairs_are_stepped_once_both_gradients_are_there(options):
-    follow(*lora_twins(**options), lora_loss)
-
-
-def test_a_pair_at_a_time_is_in_memory():
-    (_, model), (_, optimizer) = lora_twins(record=True)
-    params = [param for param in members(optimizer) if param.requires_grad]
-    live = []
-    for param in params:
-        param.register_post_accumulate_grad_hook(lambda _: live.append(sum(p.grad is not None for p in params)))
-    with optimizer.attach_to_backward():
-        lora_loss(model, 0).backward()
-        optimizer.step()
-    assert max(live) == 2
-    assert len(live) == len(params) > 4
-
-
-def test_a_frozen_factor_and_one_that_took_no_part():
-    models, optimizers = [], []
-    for _ in range(2):
-        torch.manual_seed(0)
-        model = nn.ParameterDict({name: torch.randn(4, 4) for name in ("a1", "b1", "a2", "b2")})
-        model["a1"].requires_grad_(False)
-        pairs = lora_pairs([("w1", model["a1"], model["b1"], 1.0), ("w2", model["a2"], model["b2"], 2.0)])
-        importance = {"w1": torch.rand(4, 4), "w2": torch.rand(4, 4)}
-        models.append(model)
-        optimizers.append(AlrAdamW(model.named_parameters(), importance, lora=pairs, record=True, stats=True, lr=0.1))
-
-    def loss(model, seed):
-        total = (model["b1"] @ model["a1"]).square().sum() + (model["a2"] * (seed + 1)).square().sum()
-        return total if seed else total + (model["b2"] @ model["a2"]).square().sum()
-
-    follow(models, optimizers, loss)
-
-
-def test_dtypes_of_gradients_and_bf16():
+def test_a_split_master():
     models = [tiny_model(dtype=BF16), tiny_model(dtype=BF16)]
     follow(models, [tiny_optimizer(model, master="split", record=True) for model in models])
