@@ -80,24 +80,27 @@ def test_a_frozen_factor_and_one_that_took_no_part():
 
 
 def chain(model, seed):
-    """Gradients of b1 and b2 come first, so that the second pair waits while the first is stepped."""
-    return (model["b1"] @ model["b2"] @ (model["a1"] * model["a2"]) * (seed + 1) + model["bias"]).square().mean()
+    """Gradients of all Bs come first, so that the last pair waits while the first is stepped."""
+    product = model["b0"] @ model["b1"] @ model["b2"] @ (model["a0"] * model["a1"] * model["a2"])
+    plain = sum((model[f"plain{i}"] * (i + 1)).sin().square().sum() for i in range(5))
+    return (product * (seed + 1)).square().mean() + plain
 
 
 @pytest.mark.parametrize("mode", ["proximal", "coupled"])
 def test_a_pair_that_waits_is_left_alone(mode):
-    """Layers of blocks: statistics of both pairs and of the plain vector are added up, in the order of a whole step."""
+    """Layers are blocks: what pairs and plain vectors report is added up in the order of a whole step."""
     models, optimizers = [], []
     for _ in range(2):
         torch.manual_seed(0)
-        model = nn.ParameterDict({name: torch.randn(4, 4) for name in ("a1", "b1", "a2", "b2")})
-        model["bias"] = nn.Parameter(torch.randn(4))
-        names = ("layers.0.q.weight", "layers.0.v.weight")
-        pairs = lora_pairs([(names[0], model["a1"], model["b1"], 1.0), (names[1], model["a2"], model["b2"], 2.0)])
+        names = [f"layers.0.{letter}.weight" for letter in "qvk"]
+        factors = {f"{letter}{i}": torch.randn(4, 4) for i in range(3) for letter in "ab"}
+        model = nn.ParameterDict(factors | {f"plain{i}": torch.randn(i + 3) for i in range(5)})
+        model["a1"].requires_grad_(False)
+        pairs = lora_pairs([(name, model[f"a{i}"], model[f"b{i}"], 1.0) for i, name in enumerate(names)])
         importance = {name: torch.rand(4, 4) for name in names}
-        named = [("layers.0.bias" if name == "bias" else name, param) for name, param in model.items()]
+        named = [(f"layers.0.{name}", param) for name, param in model.items()]
         coeffs = layer_coefficients(importance, by="block")
-        models.append(model)
         options = {"lora": pairs, "record": True, "stats": True, "lr": 0.1, "mode": mode}
+        models.append(model)
         optimizers.append(AlrAdamW(named, importance, coeffs, **options))
     follow(models, optimizers, chain)
