@@ -56,12 +56,28 @@ def step(optimizer: AlrAdamW) -> None:
     positions = [i for i, param in enumerate(members(optimizer)) if param.grad is not None]
     params = [members(optimizer)[i] for i in positions]
     plain = all(type(param) in (Tensor, torch.nn.Parameter) for param in params)
-    if not plain or optimizer._attached is not None:
+    if not plain or optimizer._attached is not None or _groups_changed(optimizer._handle):
         _step_outside(optimizer)  # for tensor subclasses torch needs a rule of each op
         return
     grads = [param.grad for param in params]
     scaling = (getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
     torch.ops.alr_kernels.optimizer_step_(params, grads, positions, *scaling, optimizer._handle)
+
+
+@torch.compiler.assume_constant_result
+def _groups_changed(handle: str) -> bool:
+    """Whether the function being traced has set lr, λ or the like, which dynamo would write after the step.
+
+    Runs while it is traced. Breaking the graph writes them first; torch's own optimizers break it there too.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        effects = InstructionTranslator.current_tx().output.side_effects
+        found = [effects.id_to_variable.get(id(group)) for group in _LIVE[handle].param_groups]
+        return any(effects.is_modified(variable) for variable in found if variable is not None)
+    except AttributeError:  # another torch: its internals are not ours
+        return False
 
 
 @torch.compiler.disable

@@ -160,6 +160,38 @@ def test_setting_coefficients_before_the_step_in_the_function_acts_on_that_step(
     assert_same_state(optimizer, other)
 
 
+@pytest.mark.parametrize("option", ["lr", "reg_lambda", "betas"])
+def test_setting_a_groups_number_before_the_step_in_the_function_acts_on_that_step(option):
+    optimizer, other = twins()
+
+    def step(each, value):
+        each.param_groups[0][option] = value
+        each.step()
+
+    compiled = Compiled(partial(step, other), fullgraph=False)
+    for seed in range(STEPS):
+        value = (0.1 * seed, 0.9) if option == "betas" else 0.01 * seed
+        for each in (optimizer, other):
+            set_grads(each, seed)
+        step(optimizer, value)
+        compiled(value)
+        assert_same_state(optimizer, other)
+
+
+def test_setting_a_groups_number_after_the_step_breaks_no_graph():
+    _, other = twins()
+
+    def step():
+        other.step()
+        other.param_groups[0]["lr"] = 0.5
+
+    compiled = Compiled(step)
+    set_grads(other, 0)
+    compiled()
+    assert other.param_groups[0]["lr"] == 0.5
+    compiled.assert_one_graph()
+
+
 @pytest.fixture
 def mesh():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
