@@ -1,4 +1,4 @@
-"""SIGKILL of a rank in both phases and in the middle of a checkpoint: restarted, the job ends as if nothing had been."""
+"""SIGKILL of a rank in both phases and in the middle of a checkpoint: restarted, the job ends as if undisturbed."""
 
 from __future__ import annotations
 

@@ -341,3 +341,19 @@ def test_only_the_process_that_saves_writes(tmp_path):
         arguments = SimpleNamespace(output_dir=str(tmp_path), should_save=should_save)
         callback.on_save(arguments, trainer.state, trainer.control)
         assert file.exists() is should_save
+
+
+def test_steps_within_backward(tmp_path):
+    """Trainer's loop and its LR scheduler as they are: the same weights, with one gradient in memory at a time."""
+    data, models = rows(inspect.getsource(textwrap)), [tiny_llama(), tiny_llama()]
+    for model, attached in zip(models, (False, True), strict=True):
+        optimizer = AlrAdamW(model.named_parameters(), lr=3e-3, record=True)
+        if attached:
+            optimizer.attach_to_backward()
+        tune(model, optimizer, data, tmp_path, max_grad_norm=0)
+        assert optimizer.recorded_steps == 6
+        assert optimizer.param_groups[0]["lr"] == 0
+    columns = (model.parameters() for model in (*models, tiny_llama()))
+    for param, other, start in zip(*columns, strict=True):
+        assert torch.equal(param, other)
+        assert not torch.equal(param, start)
