@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def alr_optimizer(*groups: Any, **options: Any) -> Callable[..., AlrAdamW]:
-    """Return :func:`build`; Trainer's protocol for factories (transformers ≥ 5.2) calls ``alr_optimizer()(model, ...)``.
+    """Return :func:`build`; Trainer's protocol for factories (transformers ≥ 5.2): ``alr_optimizer()(model, ...)``.
 
     Raises:
         TypeError: called like an optimizer's class, as an older Trainer does.
