@@ -196,7 +196,8 @@ class Witness(transformers.TrainerCallback):
         self.shadow.step(grads, self.max_norm)
 
 
-def test_steps_under_warm_up_and_clipping_inside(tmp_path):
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_under_warm_up_and_clipping_inside(tmp_path, accumulate):
     model, data = tiny_llama(), rows(inspect.getsource(textwrap))
     importance = random_importance(model)
     optimizer = AlrAdamW(
@@ -204,7 +205,10 @@ def test_steps_under_warm_up_and_clipping_inside(tmp_path):
         max_grad_norm=0.1, **OPTIONS,
     )  # fmt: skip
     shadow = Shadow(model, importance)
-    trainer = trainer_of(model, data, tmp_path, optimizer, callback={}, warmup_steps=3, lr_scheduler_type="linear")
+    trainer = trainer_of(
+        model, data, tmp_path, optimizer, callback={}, warmup_steps=3, lr_scheduler_type="linear",
+        gradient_accumulation_steps=accumulate, per_device_train_batch_size=8 // accumulate,
+    )  # fmt: skip
     witness = Witness(model, optimizer, shadow, 0.1)
     trainer.add_callback(witness)
     trainer.train()
