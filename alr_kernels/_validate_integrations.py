@@ -20,6 +20,14 @@ def trainable(count: int) -> None:
         )
 
 
+def factory_protocol(groups: Collection[Any], options: Collection[str]) -> None:
+    if groups or options:
+        raise TypeError(
+            "alr_optimizer: expected to be called without arguments, as transformers ≥ 5.2 calls optimizer factories; "
+            "with an older one pass optimizers=(alr_optimizer()(model, lr=...), None)."
+        )
+
+
 def factory_lr(lr: Any) -> None:
     if lr is None:
         raise TypeError(

@@ -21,6 +21,13 @@ def factory(c, **options):
     return alr_optimizer()(c.model, **options)
 
 
+def as_a_class(c):
+    """What a Trainer does that knows no factories."""
+    from alr_kernels.integrations.transformers import alr_optimizer
+
+    alr_optimizer([{"params": [c.model.head.weight], "weight_decay": 0.0}], lr=1e-3)
+
+
 def under_trainer(optimizer, max_grad_norm=0.0, **options):
     """Begin to train with transformers' Trainer."""
     from transformers import Trainer, TrainingArguments
@@ -61,6 +68,9 @@ REFUSED = {
     ),
     "decay of groups": (
         lambda c: param_groups(nn.Linear(2, 1), weight_decay=-1), ValueError, r"weight_decay: .* in \[0.0.*got -1",
+    ),
+    "factory called as a class": (
+        lambda c: as_a_class(c), TypeError, r"without arguments.*≥ 5\.2.*optimizers=\(alr_optimizer\(\)\(model, lr",
     ),
     "factory without lr": (
         lambda c: factory(c), TypeError, r"expected lr, got none.*nothing of TrainingArguments.*args\.learning_rate",

@@ -166,17 +166,20 @@ def test_resuming_from_a_checkpoint_is_bit_exact(tmp_path, phase):
         assert all(torch.equal(saved[name], recorded[name]) for name in recorded)
 
 
-def test_every_logger_gets_the_numbers(tmp_path):
-    module = Module(OPTIONS | {"stats": True})
+@pytest.mark.parametrize("parts", [1, 4])
+def test_every_logger_gets_the_numbers(tmp_path, parts):
+    """The task's loss is that of the whole batch."""
+    module = Module(OPTIONS | {"stats": True}, parts=parts)
     module.importance = importance_of(module)
     loggers = [Logged(), Logged()]
-    trainer = fit(module, tmp_path, [AlrCallback()], loggers, log_every_n_steps=2)
+    whole = Whole()
+    trainer = fit(module, tmp_path, [whole, AlrCallback()], loggers, log_every_n_steps=2, accumulate_grad_batches=parts)
     optimizer = trainer.optimizers[0]
     for logger in loggers:
         own = [(step, row) for step, row in logger.rows if "loss" in row]
         ours = [(step, row) for step, row in logger.rows if "alr/penalty" in row]
         assert [step for step, _ in ours] == [step for step, _ in own] == [1, 3, 5]
-        assert [row["alr/task_loss"] for _, row in ours] == pytest.approx([float(row["loss"]) for _, row in own])
+        assert [row["alr/task_loss"] for _, row in ours] == pytest.approx(whole.losses[1::2], rel=1e-5)
         last = ours[-1][1]
         stats = optimizer.stats()
         assert last["alr/penalty"] == pytest.approx(sum(float(row["penalty"]) for row in stats.values()))
@@ -185,6 +188,41 @@ def test_every_logger_gets_the_numbers(tmp_path):
         assert last["alr/effective_layers"] == optimizer.coeffs.effective_layers
         assert last["alr/state_bytes"] > 0
     assert trainer.callback_metrics["alr/penalty"] == last["alr/penalty"]
+
+
+class Whole(pl.Callback):
+    """Keeps the loss of each whole batch at the weights that its step begins from."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx % module.parts == 0:
+            self.losses.append(float(mse(module.model, batches(module.global_step)).detach()))
+
+
+class Failing(pl.Callback):
+    """Fails once."""
+
+    armed = True
+
+    def on_train_batch_end(self, *args):
+        if self.armed:
+            self.armed = False
+            raise RuntimeError("out of memory")
+
+
+def test_a_fit_that_fails_leaves_nothing_behind(tmp_path):
+    """The next fit of the same trainer writes each file once."""
+    module, callback = Module(OPTIONS | {"record": True}), AlrCallback()
+    written = []
+    callback._saving.write = lambda optimizer, path, is_main: written.append(path.name)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(module, tmp_path, [callback, Failing()])
+    trainer = module.trainer
+    trainer.callbacks.append(pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3))
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(100, 1)))
+    assert len(written) == len(set(written)) > 0
 
 
 def test_the_callback_lets_go_of_the_trainer(tmp_path):

@@ -12,6 +12,7 @@ from . import watching
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from ..optim import AlrAdamW
 
@@ -44,7 +45,8 @@ class AlrCallback(Callback):
     ) -> None:
         self._saving = watching.Saving(xi, relative, dtype, allow_nonfinite)
         self._optimizer: AlrAdamW | None = None
-        self._logged = 0
+        self._stepped = 0
+        self._loss: Tensor | None = None  # of the micro-batches since the last step
         self._files: dict[Path, Path] = {}  # checkpoint → importance beside it
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -52,11 +54,12 @@ class AlrCallback(Callback):
         found = [optimizer for optimizer in map(watching.unwrapped, trainer.optimizers) if optimizer is not None]
         _validate_integrations.one_optimizer(len(found))
         self._optimizer = found[0]
-        self._logged = trainer.global_step
+        self._stepped, self._loss = trainer.global_step, None
         _validate_integrations.clipping(
             "Trainer(gradient_clip_val)", trainer.gradient_clip_val, found[0].max_grad_norm, found[0].record,
             "gradient_clip_val=None",
         )  # fmt: skip
+        vars(trainer).pop("save_checkpoint", None)  # ours, of a fit that failed
         save = trainer.save_checkpoint  # the one way to every checkpoint, whoever asks for it
 
         def save_checkpoint(filepath: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,14 +70,15 @@ class AlrCallback(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log after a step that the trainer logs."""
-        step = (
-            trainer.fit_loop.epoch_loop._batches_that_stepped
-        )  # the loggers' x-axis, also of Lightning's own callbacks
-        due = trainer.log_every_n_steps and (step + 1) % trainer.log_every_n_steps == 0
-        if self._optimizer is None or not due or trainer.global_step == self._logged:
+        part = outputs.get("loss") if isinstance(outputs, dict) else outputs  # over the number of micro-batches
+        if part is not None:
+            self._loss = part.detach() if self._loss is None else self._loss + part.detach()
+        if self._optimizer is None or trainer.global_step == self._stepped:
             return
-        self._logged = trainer.global_step
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        self._stepped, loss, self._loss = trainer.global_step, self._loss, None
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # where Lightning's own callbacks log
+        if not trainer.log_every_n_steps or (step + 1) % trainer.log_every_n_steps:
+            return
         found = watching.numbers(self._optimizer, None if loss is None else float(loss))
         for logger in trainer.loggers:
             logger.log_metrics(found, step=step)

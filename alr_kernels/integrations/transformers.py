@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def alr_optimizer() -> Callable[..., AlrAdamW]:
-    """Return :func:`build`; Trainer's protocol for factories calls ``alr_optimizer()(model, **kwargs)``.
+def alr_optimizer(*groups: Any, **options: Any) -> Callable[..., AlrAdamW]:
+    """Return :func:`build`; Trainer's protocol for factories (transformers ≥ 5.2): ``alr_optimizer()(model, ...)``.
+
+    Raises:
+        TypeError: called like an optimizer's class, as an older Trainer does.
 
     >>> import torch
     >>> optimizer = alr_optimizer()(torch.nn.Linear(2, 1), lr=1e-3, weight_decay=0.1)
     >>> [(group["param_names"], group["weight_decay"]) for group in optimizer.param_groups]
     [(['weight'], 0.1), (['bias'], 0.0)]
     """
+    _validate_integrations.factory_protocol(groups, options)
     return build
 
 

@@ -61,9 +61,8 @@ def numbers(optimizer: AlrAdamW, task_loss: float | None = None) -> dict[str, fl
     found: dict[str, float] = {} if task_loss is None else {"alr/task_loss": task_loss}
     coeffs = optimizer.coeffs
     if coeffs is not None:
-        found |= (
-            _of_steps(optimizer, list(coeffs)) if gathered(optimizer) else {"alr/penalty": float(optimizer.penalty())}
-        )
+        stepped = _of_steps(optimizer, list(coeffs)) if gathered(optimizer) else {}
+        found |= stepped or {"alr/penalty": float(optimizer.penalty())}
         found["alr/effective_layers"] = coeffs.effective_layers
     found["alr/state_bytes"] = float(state_bytes(optimizer))
     return found
