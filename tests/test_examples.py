@@ -19,6 +19,7 @@ NEEDED = {
     "accelerate_loop": ["transformers", "accelerate"],
     "lightning_module": ["transformers", "lightning"],
 }
+LAUNCHED = "fsdp2"  # by test_killed.py
 SECTIONS = {
     "Plain torch": "plain_torch", "Hugging Face Trainer": "hf_trainer", "TRL": "trl_sft",
     "Accelerate": "accelerate_loop", "Lightning": "lightning_module",
@@ -49,7 +50,7 @@ def test_an_example_forgets_less_and_resumes(tmp_path, name):
     assert all(row["resumed"] for row in rows)
 
 
-@pytest.mark.parametrize("name", NEEDED)
+@pytest.mark.parametrize("name", [*NEEDED, LAUNCHED])
 def test_an_example_is_short(name):
     assert len(source(name).splitlines()) <= 60
 
@@ -69,7 +70,11 @@ def test_the_docs_show_lines_that_run():
             assert len([line for line in block.splitlines() if line.strip()]) <= 12
         shown.add(title)
     assert shown == set(SECTIONS)
-    assert set(SECTIONS.values()) == {path.stem for path in (DOCS / "examples").glob("*.py")} == set(NEEDED)
+    assert set(SECTIONS.values()) == set(NEEDED)
+    assert {path.stem for path in (DOCS / "examples").glob("*.py")} == {*NEEDED, LAUNCHED}
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "distributed.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert f"\n{block}" in source(LAUNCHED)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
 
 
 def test_the_docs_name_what_is_logged():
