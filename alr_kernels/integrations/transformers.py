@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+WHOLE = "alr_whole"  # an empty file in checkpoints, the last that is written
+
 
 def alr_optimizer(*groups: Any, **options: Any) -> Callable[..., AlrAdamW]:
     """Return :func:`build`; Trainer's protocol for factories (transformers ≥ 5.2): ``alr_optimizer()(model, ...)``.
@@ -72,6 +74,21 @@ def build(
     return AlrAdamW(param_groups(model, weight_decay), importance, lr=lr, lora=pairs, **options)
 
 
+def last_checkpoint(folder: str | PathLike[str]) -> str | None:
+    """Return the latest whole checkpoint that a Trainer with :class:`AlrCallback` left in its ``output_dir``, or None.
+
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))``: Trainer itself takes the one with the
+    largest number, which may be half written when a process was killed.
+
+    >>> import tempfile
+    >>> last_checkpoint(tempfile.mkdtemp()) is None
+    True
+    """
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdigit()]
+    return str(max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))) if numbered else None
+
+
 class AlrCallback(TrainerCallback):
     """Log what the pull does, save the recorded importance beside each checkpoint, refuse to clip twice.
 
@@ -80,7 +97,8 @@ class AlrCallback(TrainerCallback):
     same entry as the loss: ``train/alr/penalty`` in TensorBoard), and so does ``trainer.state.log_history``.
 
     A recording optimizer's importance so far goes into ``checkpoint-N/importance.safetensors``: written by the process
-    that saves the checkpoint; of sharded parameters (FSDP2) by all ranks together.
+    that saves the checkpoint; of sharded parameters (FSDP2) by all ranks together. Then the checkpoint is marked as
+    whole, for :func:`last_checkpoint`.
 
     Args:
         trainer: it is asked for its optimizer, callbacks and arguments.
@@ -133,8 +151,11 @@ class AlrCallback(TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the importance into the checkpoint that has just been saved."""
+        """Write the importance into the checkpoint that has just been saved, and a mark that all of it is there."""
         optimizer = self.optimizer
         if optimizer is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._saving.write(optimizer, folder / watching.FILE_NAME, bool(args.should_save))
+            watching.wait_for_all()  # every rank has written its part
+            if args.should_save:
+                (folder / WHOLE).touch()

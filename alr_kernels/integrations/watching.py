@@ -33,6 +33,12 @@ def is_sharded(optimizer: AlrAdamW) -> bool:
     return any(hasattr(param, "to_local") for group in optimizer.param_groups for param in group["params"])
 
 
+def wait_for_all() -> None:
+    """Wait until every process of the job is here; return at once where there is one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def state_bytes(optimizer: AlrAdamW) -> int:
     """Return the bytes that this process holds for the optimizer: its state and Ω, shared memory once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
@@ -105,7 +111,7 @@ class Saving:
         """Write what was recorded so far, if anything was; return whether this process took part.
 
         Under DDP all ranks hold the same ω, and the main one writes. Of sharded parameters each rank holds a part:
-        all of them enter ``save_importance``, which gathers tensor by tensor and writes in one process.
+        all of them enter ``save_importance``, and each writes its rows.
         """
         takes_part = optimizer.record and optimizer.recorded_steps > 0 and (is_main or is_sharded(optimizer))
         if takes_part:
