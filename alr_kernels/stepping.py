@@ -76,6 +76,9 @@ class Stepping(Optimizer):
                 _validate.capturable(slot.name, param)
             if slot.importance is not None and not slot.placed:
                 _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
+            _state.place(slot, param, self._storage)
+        if self._space is not None:
+            self._space.place(self.param_groups)
         if not self.state and all(param.grad is None for _, _, param in members):
             _validate_distributed.no_gradient([slot.name for _, slot, _ in members])
         if self._space is not None:

@@ -77,8 +77,8 @@ def build(
 def last_checkpoint(folder: str | PathLike[str]) -> str | None:
     """Return the latest whole checkpoint that a Trainer with :class:`AlrCallback` left in its ``output_dir``, or None.
 
-    For ``trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))``: Trainer itself takes the one with the
-    largest number, which may be half written when a process was killed.
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))``: Trainer itself takes the one with
+    the largest number, which may be half written when a process was killed.
 
     >>> import tempfile
     >>> last_checkpoint(tempfile.mkdtemp()) is None

@@ -129,6 +129,11 @@ class Space:
             self._scales[key] = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
         return self._scales[key]
 
+    def place(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Note how everything is sharded, and refuse what cannot be; nothing is taken yet."""
+        for bound in self.bounds:
+            bound.shard(bound.params(groups))
+
     def bind(
         self, groups: Sequence[Mapping[str, Any]], state: Any, storage: Storage, anchors: Mapping[str, Tensor] | None,
         record: bool, names: Sequence[Sequence[str]],
@@ -136,7 +141,6 @@ class Space:
         """Take anchors and starts, and bring importance into the form in which it is read; see ``state.bind``."""
         for bound in self.bounds:
             params = bound.params(groups)
-            bound.shard(params)
             for param, position, sharding in zip(params, (bound.up, bound.down), bound.of_factors, strict=True):
                 given = anchors.get(names[bound.group][position]) if anchors else None
                 given = None if given is None else _dtensor.part_of(f"anchor of {bound.name}", given, sharding)
