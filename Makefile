@@ -30,7 +30,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
 	@echo "installing dependencies into $(VENV) (a few minutes the first time)"
 	$(PIP) torch setuptools wheel pybind11 ninja
 	$(PIP) numpy safetensors typer rich transformers accelerate peft matplotlib \
-	  hypothesis mypy pytest pytest-benchmark ruff scikit-learn
+	  trl datasets lightning tensorboard hypothesis mypy pytest pytest-benchmark ruff scikit-learn
 	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
 	@touch $@
 

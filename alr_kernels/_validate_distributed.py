@@ -114,7 +114,7 @@ def no_gradient(names: Sequence[str]) -> None:
     )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         raise RuntimeError(message)
-    warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of step(), behind torch's two wrappers
+    warnings.warn(message, RuntimeWarning, stacklevel=7)  # the caller of step(), behind torch's two wrappers
 
 
 def no_zero_redundancy() -> None:
@@ -164,3 +164,13 @@ def factors_alike(name: str, up: Any, down: Any) -> None:
         )
     if up is not None:
         rows_alone(name, "a LoRA factor", up.placements, up.by_rows)
+
+
+def same_checkpoints(folder: str, seen: Sequence[Sequence[str]]) -> None:
+    """Refuse to load where processes see different checkpoints: each would go on from its own."""
+    if any(names != seen[0] for names in seen):
+        each = "; ".join(f"rank {rank}: {listed(names) or 'none'}" for rank, names in enumerate(seen))
+        raise ValueError(
+            f"checkpoints in {folder!r}: expected the same ones on every process, got {each}; "
+            "use a folder on a shared file system."
+        )

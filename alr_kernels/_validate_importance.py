@@ -56,6 +56,13 @@ def importance_fits(
 ) -> None:
     """Refuse an importance whose names and shapes are not those of parameters and LoRA pairs, saying which differ."""
     unmatched = [name for name in entries if name not in params]
+    if unmatched and (found := _other_prefix(entries, params, unmatched)):
+        old, new, fitting = found
+        raise ValueError(
+            f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; {fitting} of "
+            f"{len(entries)} fit with {new!r} before their names in place of {old!r}: pass "
+            f"importance.renamed({old!r}, {new!r})."
+        )
     if unmatched:
         raise ValueError(
             f"importance: {len(unmatched)} of its entries match no parameter: {listed(unmatched)}; parameters are "
@@ -70,6 +77,37 @@ def importance_fits(
             f"importance of {name!r}: expected shape {tuple(params[name])} as the parameter, "
             f"got {tuple(entries[name])}{others}; was it recorded on another model?"
         )
+
+
+def _other_prefix(
+    entries: Mapping[str, Sequence[int]], params: Mapping[str, Sequence[int]], unmatched: Sequence[str]
+) -> tuple[str, str, int] | None:
+    """Return (old, new, how many entries fit) when most entries are parameters once ``old`` is ``new``, or None."""
+    by_last: dict[str, list[str]] = {}
+    for name in params:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
+    candidates = set()
+    for probe in {unmatched[0], unmatched[len(unmatched) // 2], unmatched[-1]}:
+        for name in by_last.get(probe.rpartition(".")[2], ()):
+            here, there = probe.split("."), name.split(".")
+            while here and there and here[-1] == there[-1]:
+                here.pop()
+                there.pop()
+            candidates.add(("".join(f"{part}." for part in here), "".join(f"{part}." for part in there)))
+
+    def fits(old: str, new: str) -> int:
+        moved = {name: new + name.removeprefix(old) for name in entries if name.startswith(old)}
+        return sum(to in params and tuple(params[to]) == tuple(entries[name]) for name, to in moved.items())
+
+    counted = [(fits(old, new), old, new) for old, new in sorted(candidates)]
+    most, old, new = max(counted, default=(0, "", ""))
+    told = most > 1 or not (old and new)  # one entry and two prefixes: any two names would do
+    return (old, new, most) if told and 2 * most > len(entries) else None
+
+
+def prefix(old: str, names: Iterable[str]) -> None:
+    if not any(name.startswith(old) for name in names):
+        raise ValueError(f"importance.renamed: no name begins with {old!r}; it has {listed(names, 3)}.")
 
 
 def needs_importance(what: str) -> NoReturn:

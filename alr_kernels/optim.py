@@ -8,11 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import _ops, _validate, _validate_distributed, _validate_importance, _validate_lora
+from . import _ops, _validate, _validate_backward, _validate_distributed, _validate_importance, _validate_lora, compiled
 from . import state as _state
 from .balance import Balance
 from .codecs.storage import Storage
 from .coefficients import RULES, DynamicCoeffs, LayerCoefficients
+from .in_backward import Attachment
 from .lora.pairs import LoraPairs, lora_pairs
 from .lora.space import Space
 from .names import unwrap
@@ -20,6 +21,10 @@ from .saving import Saving
 from .step.plan import MASTERS, MODES
 
 
+@compiled.outside(
+    *("penalty", "penalty_by_layer", "stats", "grad_norm", "recorded_steps", "recorded_importance", "save_importance"),
+    *("coeffs", "set_coeffs", "start_phase", "restart_recording", "add_param_group", "state_dict", "load_state_dict"),
+)
 class AlrAdamW(Saving):
     r"""AdamW that learns a domain while pulling important weights towards their anchor.
 
@@ -133,7 +138,8 @@ class AlrAdamW(Saving):
         self.max_grad_norm = max_grad_norm
         if max_grad_norm is not None:
             _validate.number("max_grad_norm", max_grad_norm, open_low=True)
-        self.grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | None = None
+        self._handle, self._attached = compiled.register(self), None
         self._slots: list[list[_state.Slot]] = []
         self._penalty: _state.Penalty | None = None
         self._balance: Balance | None = None
@@ -195,6 +201,8 @@ class AlrAdamW(Saving):
             raise
         self._slots.append(slots)
         self._bound = False
+        if self._attached is not None:
+            self._attached.extend()
 
     def _use(self, importance: Any, coeffs: str | Mapping[str, float] | DynamicCoeffs) -> None:
         """Match importance with the parameters and weigh its layers; changes nothing when it raises."""
@@ -265,25 +273,68 @@ class AlrAdamW(Saving):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_dynamo_compiling():
+            compiled.step(self)
+        else:
+            self._step()
+        return loss
+
+    # An LR scheduler would wrap step() to set _opt_called itself, in a file that dynamo refuses to trace.
+    setattr(step, "_wrapped_by_lr_sched", True)  # noqa: B010 - a function has no such attribute to mypy
+
+    def _step(self) -> None:
+        self._opt_called = True
+        if self._attached is not None:
+            self._attached.finish()
+            return
         if not self._bound:
             self._bind()
         buckets = self._buckets()
         if not buckets:
-            return loss
+            return
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inverse = 1.0 if scale is None else scale.double().reciprocal()
         clip = 1.0 if self.max_grad_norm is None else self._clip(buckets, inverse)
         shared = (inverse, clip, 0.0 if found_inf is None else found_inf)
-        self._step_buckets(buckets, shared)
-        if self._balance is not None and self._balance.advance():
-            self._version += 1
-        if self.record:
-            self._count_recorded(found_inf)
-        return loss
+        self._latest = self._step_buckets(buckets, shared)
+        self._count_step(found_inf)
+
+    def attach_to_backward(self) -> Attachment:
+        """Step each parameter within backward, once its gradient is there (a LoRA pair: both), and free the gradient.
+
+        The numbers are those of the normal step, bit for bit, and memory holds one gradient at a time. Call
+        :meth:`step` after each backward pass as ever: it counts the step, re-balances :class:`DynamicCoeffs` and takes
+        whatever gradient came another way; what is changed between steps (lr, λ, coefficients) acts on the next
+        backward pass. A parameter or gradient that is refused raises out of ``backward()``, after others have moved.
+
+        Returns:
+            A handle whose ``remove()`` brings the normal step back; also a context manager.
+
+        Raises:
+            ValueError: with ``max_grad_norm``, ``capturable``, or several processes: these need all gradients at once.
+            RuntimeError: attached already; a second gradient of a parameter before ``step()`` (accumulation), from
+                ``backward()``; a GradScaler, from ``step()``.
+
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = AlrAdamW(model.named_parameters())
+        >>> with optimizer.attach_to_backward():
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> model.weight.grad is None
+        True
+        """
+        _validate_backward.attachable(self)
+        if self._attached is not None:
+            _validate_backward.attached_twice()
+        self._attached = Attachment(self)
+        return self._attached
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, those that ``lora_pairs(estimator="exact")`` gathered included."""
-        super().zero_grad(set_to_none)
+        if torch.compiler.is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+        else:
+            super().zero_grad(set_to_none)
         if self._space is not None:
             self._space.drop_gradients()
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 class Readings(Stepping):
     """The readable half of :class:`AlrAdamW`."""
 
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The last step's ‖g‖ before clipping, a 0-dim tensor; None without ``max_grad_norm``."""
+        return self._grad_norm
+
     @torch.no_grad()
     def penalty_by_layer(self) -> dict[str, Tensor]:
         """Return layer → λ α_l Σ_i Ω_i (θ_i − θ*_i)² (normalised as in the step): 0-dim float64 tensors, no host sync.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _validate, _validate_lora
+from . import _validate, _validate_lora, compiled
 from . import saved as saved_form
 from .readings import Readings
 
 OWN_ATTRIBUTES = (  # what pickle and deepcopy must keep besides torch's own
-    *("mode", "normalize", "record", "backend", "precise", "max_grad_norm", "capturable", "grad_norm"),
+    *("mode", "normalize", "record", "backend", "precise", "max_grad_norm", "capturable", "_grad_norm"),
     *("_slots", "_penalty", "_anchor", "_bound", "_recorded_steps", "_coeffs_choice", "_storage", "_seed"),
     *("_balance", "_version", "_gathers_stats", "_device_steps", "_space"),
 )
@@ -88,4 +88,6 @@ class Saving(Readings):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_handle" not in self.__dict__:  # a copy, or unpickled; torch's load_state_dict comes here too
+            self._handle, self._attached = compiled.register(self), None
         self._calls, self._latest, self._curvature_checked = {}, [], {}

@@ -177,6 +177,26 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def place(slot: Slot, param: Tensor, storage: Storage, anchors: Mapping[str, Tensor] | None) -> None:
+    """Note which part of the parameter is here, and refuse what cannot be kept for it; nothing is taken yet."""
+    slot.sharding = _dtensor.Sharding.of(slot.name, param)
+    if anchors and slot.name in anchors:
+        _dtensor.check_part(f"anchor of {slot.name}", anchors[slot.name], slot.sharding)
+    if slot.importance is not None and not slot.placed:
+        _dtensor.check_part(f"importance of {slot.name}", slot.importance.values, slot.sharding)
+    if slot.sharding is None:
+        return
+    slot.offset = slot.sharding.first_element if slot.sharding.by_rows else 0
+    kinds = {f"{storage.state_format(param)} state": storage.state_format(param) in (*CODES, "bf16")}
+    kinds["stochastic rounding"] = storage.master == "stochastic" and param.dtype is torch.bfloat16
+    if slot.importance is not None and not slot.placed:
+        kept = storage.importance_format(param, slot.importance.format)
+        kinds[f"{kept} importance"] = kept in CODES
+    for what, found in kinds.items():
+        if found:
+            _validate_distributed.rows_alone(slot.name, what, slot.sharding.placements, slot.sharding.by_rows)
+
+
 def bind(
     slot: Slot, param: Tensor, state: dict[str, Any], storage: Storage, anchor: Tensor | None, record: bool
 ) -> None:
@@ -184,22 +204,21 @@ def bind(
 
     Launchers may move, shard or replace parameters between construction and the first step, so nothing is cloned
     before. Adds only what is missing, so that a loaded state is left alone. Of a sharded parameter all of it is of the
-    part that is here.
+    part that is here, and its dtypes are the same on every rank. :func:`place` goes before.
     """
-    slot.sharding = _dtensor.Sharding.of(slot.name, param)
-    if slot.sharding is not None:
-        slot.offset = slot.sharding.first_element if slot.sharding.by_rows else 0
-        anchor = None if anchor is None else _dtensor.part_of(f"anchor of {slot.name}", anchor, slot.sharding)
+    if anchor is not None:
+        anchor = _dtensor.part_of(f"anchor of {slot.name}", anchor, slot.sharding)
     if storage.is_split(param) and "remainder" not in state:
         state["remainder"] = dense_like(param, torch.int16).zero_()
     weights = whole(param, state)
-    exact = "remainder" not in state or not bool(state["remainder"].any())
+    exact = "remainder" not in state or _dtensor.everywhere(not bool(state["remainder"].any()), slot.sharding)
     kept = encode(slot, param, storage) if slot.importance is not None else None
     if kept is not None and "anchor" not in state:
         dtype = storage.anchor_dtype(param, exact)
         state["anchor"] = in_layout_of(param, weights if anchor is None else anchor, dtype, copy=True)
     if record and "path_integral" not in state:
-        shared = slot.importance is not None and anchor is None and torch.equal(state["anchor"].to(weights), weights)
+        shared = slot.importance is not None and anchor is None
+        shared = shared and _dtensor.everywhere(torch.equal(state["anchor"].to(weights), weights), slot.sharding)
         start = param.dtype if exact else torch.float32
         state["start"] = state["anchor"] if shared else in_layout_of(param, weights, start, copy=True)
         state["path_integral"] = dense_like(param, compute_dtype(param)).zero_()
@@ -231,26 +250,6 @@ def local_importance(slot: Slot, param: Tensor) -> Encoded:
     assert slot.importance is not None
     sharding = None if slot.placed else _dtensor.Sharding.of(slot.name, param)
     return sharded.encoded_part(slot.importance, slot.name, sharding).to(param.device)
-
-
-def check_sharding(slot: Slot, param: Tensor, storage: Storage, anchors: Mapping[str, Tensor] | None) -> None:
-    """Refuse, before anything is bound, what does not lie as the parameter; codes and random numbers where what is here
-    of it is no range of rows."""
-    sharding = _dtensor.Sharding.of(slot.name, param)
-    if anchors and slot.name in anchors:
-        _dtensor.check_part(f"anchor of {slot.name}", anchors[slot.name], sharding)
-    if slot.importance is not None and not slot.placed:
-        _dtensor.check_part(f"importance of {slot.name}", slot.importance.values, sharding)
-    if sharding is None:
-        return
-    kinds = {f"{storage.state_format(param)} state": storage.state_format(param) in (*CODES, "bf16")}
-    kinds["stochastic rounding"] = storage.master == "stochastic" and param.dtype is torch.bfloat16
-    if slot.importance is not None and not slot.placed:
-        kept = storage.importance_format(param, slot.importance.format)
-        kinds[f"{kept} importance"] = kept in CODES
-    for what, found in kinds.items():
-        if found:
-            _validate_distributed.rows_alone(slot.name, what, sharding.placements, sharding.by_rows)
 
 
 def decoded_importance(slot: Slot, param: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,13 @@ from .lora.space import Space
 from .step.call import Call, upload
 from .step.plan import Options
 
+if TYPE_CHECKING:
+    from .in_backward import Attachment
+    from .lora.space import Bound
+
+
+Buckets = dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]
+
 
 class Stepping(Optimizer):
     """The stepping half of :class:`AlrAdamW`, and the attributes that both halves share."""
@@ -29,7 +36,9 @@ class Stepping(Optimizer):
     precise: bool
     capturable: bool
     max_grad_norm: float | None
-    grad_norm: Tensor | None
+    _grad_norm: Tensor | None
+    _handle: str
+    _attached: Attachment | None
     _slots: list[list[_state.Slot]]
     _penalty: _state.Penalty | None
     _balance: Balance | None
@@ -66,7 +75,9 @@ class Stepping(Optimizer):
                 _validate.capturable(slot.name, param)
             if slot.importance is not None and not slot.placed:
                 _validate_importance.importance_fits({slot.name: slot.importance.shape}, {slot.name: param.shape})
-            _state.check_sharding(slot, param, self._storage, self._anchor)
+            _state.place(slot, param, self._storage, self._anchor)
+        if self._space is not None:
+            self._space.place(self.param_groups)
         if not self.state and all(param.grad is None for _, _, param in members):
             _validate_distributed.no_gradient([slot.name for _, slot, _ in members])
         if self._space is not None:
@@ -89,20 +100,27 @@ class Stepping(Optimizer):
         self._calls.clear()
         self._curvature_checked = {}
 
-    def _buckets(self) -> dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]]:
-        """Group what has a gradient by group, device and every format, checking every gradient first."""
-        buckets: dict[tuple[Any, ...], list[tuple[_state.Slot, Tensor]]] = {}
-        for group_index, (group, slots) in enumerate(zip(self.param_groups, self._slots, strict=True)):
+    def _buckets(self, only: tuple[int, Sequence[int]] | None = None) -> Buckets:
+        """Group what has a gradient by group, device and every format, checking every gradient first.
+
+        ``only`` these positions of a group: each becomes a bucket of its own, whose call is kept from step to step.
+        """
+        buckets: Buckets = {}
+        for group_index in range(len(self.param_groups)) if only is None else only[:1]:
+            group, slots = self.param_groups[group_index], self._slots[group_index]
+            places = range(len(slots)) if only is None else only[1]
             reg_lambda = known_strength(group["reg_lambda"])
             penalising = reg_lambda > 0
             checked = self._curvature_checked.get(group_index) == (reg_lambda, self._version)
-            for slot, param in zip(slots, group["params"], strict=True):
+            for position in places:
+                slot, param = slots[position], group["params"][position]
                 grad = param.grad
                 if grad is None:
                     continue
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
-                _dtensor.check_gradient(slot.name, grad, slot.sharding)
+                if slot.sharding is not None or type(grad) is not Tensor:
+                    _dtensor.check_gradient(slot.name, grad, slot.sharding)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
                 source = slot.bound or slot
@@ -112,12 +130,13 @@ class Stepping(Optimizer):
                 wave = PLAIN
                 if penalised and slot.bound is not None:
                     wave = SECOND if slot.left and self.mode == "proximal" else FIRST
-                key = (group_index, param.device, slot.place, grad.dtype, penalised, wave)
+                alone = -1 if only is None else slot.index
+                key = (group_index, param.device, slot.place, grad.dtype, penalised, alone, wave)
                 row = buckets.get(key)
                 if row is None:
                     row = buckets[key] = []
                 row.append((slot, param))
-            whole = all(param.grad is not None for param in group["params"])
+            whole = only is None and all(param.grad is not None for param in group["params"])
             self._curvature_checked[group_index] = (reg_lambda, self._version) if checked or whole else None
         return buckets
 
@@ -135,8 +154,8 @@ class Stepping(Optimizer):
         ordered = [norms[index] for index in sorted(norms)]  # the sum of squares depends on the order
         home = ordered[0].device
         total = torch.linalg.vector_norm(torch.stack([norm.to(home, torch.float32) for norm in ordered]))
-        self.grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        self._grad_norm = (total * (inverse.to(home) if isinstance(inverse, Tensor) else inverse)).float()
+        return (self.max_grad_norm / (self._grad_norm + 1e-6)).clamp(max=1.0)
 
     @property
     def gathers(self) -> bool:
@@ -144,28 +163,33 @@ class Stepping(Optimizer):
         return self._gathers_stats or self._balance is not None
 
     def _step_buckets(
-        self, buckets: Mapping[Any, list[tuple[_state.Slot, Tensor]]], shared: tuple[Any, Any, Any]
-    ) -> None:
-        """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went."""
-        pairs = Pass(self._space, self, shared) if self._space is not None else None
+        self, buckets: Buckets, shared: tuple[Any, Any, Any], bounds: Sequence[Bound] | None = None
+    ) -> list[Any]:
+        """Step everything, wave after wave: the second factors of LoRA pairs see where the first ones went.
+
+        ``bounds``: of all pairs only these. Returns what :attr:`_latest` holds.
+        """
+        bounds = self._space.bounds if bounds is None and self._space is not None else bounds
+        pairs = Pass(self._space, self, shared, bounds) if self._space is not None and bounds else None
         before = {tuple(latest.names): latest.statistics for latest in self._latest if isinstance(latest, Latest)}
-        self._latest = []
+        found: list[Any] = []
         for wave in sorted({key[-1] for key in buckets}):
             operands = pairs.operands(wave) if pairs is not None and wave != PLAIN else None
             for key, rows in buckets.items():
                 if key[-1] == wave:
-                    self._latest.append(self._step_bucket(key, rows, shared, operands))
-        self._gather(shared[2])
+                    found.append(self._step_bucket(key, rows, shared, operands))
+        self._gather(found, shared[2])
         if pairs is not None:
-            self._latest += pairs.finish(before)
+            found += pairs.finish(before)
+        return found
 
-    def _gather(self, found_inf: Any) -> None:
+    def _gather(self, calls: Sequence[Call], found_inf: Any) -> None:
         """Sum the calls' statistics over the ranks, and show them to the balance."""
-        calls = [call for call in self._latest if call.partial is not None]
+        calls = [call for call in calls if call.partial is not None]
         tables = _dtensor.statistics([call.partial for call in calls], [call.sharding for call in calls])
         for call, table in zip(calls, tables, strict=True):
             call.statistics = table
-            if call.penalised and self._balance is not None:
+            if call.penalised and self._balance is not None and self._attached is None:
                 inf = found_inf.to(table.device).reshape(()) if isinstance(found_inf, torch.Tensor) else None
                 self._balance.observe(call.names, table, inf)
 
@@ -179,12 +203,12 @@ class Stepping(Optimizer):
         if operands is not None and self.mode == "coupled":  # what is stepped with is finished, penalty included
             penalised, maximize, shared = False, False, (1.0, 1.0, shared[2])
         states = [self.state[param] for _, param in rows]
+        split = self._storage.is_split(rows[0][1])
         for (slot, param), state in zip(rows, states, strict=True):
             if "exp_avg" not in state:
                 _state.start_moments(param, state, self._storage)
-            missing = (record, "path_integral"), (self._storage.is_split(param), "remainder")
-            if any(wanted and key not in state for wanted, key in missing):  # frozen when all others were bound
-                _state.bind(slot, param, state, self._storage, None, record)
+            if (record and "path_integral" not in state) or (split and "remainder" not in state):
+                _state.bind(slot, param, state, self._storage, None, record)  # frozen when all others were bound
         call = self._calls.get(key)
         if call is None or call.keys != [slot.index for slot, _ in rows]:
             call = self._calls[key] = Call([slot for slot, _ in rows], device, self.gathers and operands is None)
@@ -207,6 +231,12 @@ class Stepping(Optimizer):
             call.steps -= found_inf
         call.penalised = penalised and operands is None
         return call
+
+    def _count_step(self, found_inf: Tensor | None) -> None:
+        if self._balance is not None and self._balance.advance():
+            self._version += 1
+        if self.record:
+            self._count_recorded(found_inf)
 
     def _count_recorded(self, found_inf: Tensor | None) -> None:
         if found_inf is None and not self.capturable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import os
 import resource
 from unittest import mock
@@ -25,6 +26,7 @@ from distributed_cases import (
     shard,
 )
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -110,7 +112,7 @@ def importance_stays_sharded(folder):
         same_importance(expected, got, exact=False)
     for run, importance in zip(runs, kept, strict=True):
         run.start_phase(importance.normalized().merged(earlier, "decayed", 0.5).astype("int8"))
-    assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-9) for layer, alpha in runs[0].coeffs.items()}
+    assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-6) for layer, alpha in runs[0].coeffs.items()}
     for model, run in zip(models, runs, strict=True):
         give(model, gradients(7))
         run.step()
@@ -238,6 +240,30 @@ def load_checkpoint(variant, meta, folder):
     assert run.recorded_steps == straight.recorded_steps == 4
 
 
+def whole_state(variant, folder):
+    """A state that torch gathers on rank 0 loads by way of rank 0, and in one process."""
+    gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, run = fresh(variant, True)
+    advance(variant, model, run, range(3))
+    kept = get_optimizer_state_dict(model, run, options=gathered)
+    weights = get_model_state_dict(model, options=gathered)
+    assert bool(kept) == (dist.get_rank() == 0)
+    model, run = fresh(variant, True)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, copy.deepcopy(weights), options=options)  # it fills the dictionary with shards
+    set_optimizer_state_dict(model, run, copy.deepcopy(kept), options=options)
+    advance(variant, model, run, range(3, 5))
+    whole, straight = fresh(variant, False)
+    advance(variant, whole, straight, range(5))
+    same_state(straight, run, (whole, model))
+    if dist.get_rank() == 0:
+        alone, one = fresh(variant, False)
+        alone.load_state_dict(weights)
+        set_optimizer_state_dict(alone, one, kept)
+        advance(variant, alone, one, range(3, 5))
+        same_state(straight, one, (whole, alone))
+
+
 FORMATS = [("rows", kept, False) for kept in ("fp32", "bf16", "int8", "int4", "rank1")]
 CASES = {
     **{f"file {kind} {kept}{' relative' * rel}": (one_file, kind, kept, rel) for kind, kept, rel in [
@@ -247,6 +273,7 @@ CASES = {
     "importance stays sharded": (importance_stays_sharded,),
     **{f"recorder {kind}": (recorder, kind) for kind in ("rows", "hsdp", "columns")},
     **{f"a rank {what}": (one_rank_fails, what) for what in FAILURES},
+    **{f"whole state {variant}": (whole_state, variant) for variant in ("fp32", "lean")},
     **{f"save {variant}": (save_checkpoint, variant) for variant in VARIANTS},
 }  # fmt: skip
 LOADS = {f"load {variant}{' meta' * meta}": (load_checkpoint, variant, meta) for variant, meta in [

@@ -30,6 +30,7 @@ from alr_kernels import (
     mas_importance,
 )
 from alr_kernels.importance.job import Job
+from alr_kernels.integrations import checkpoints
 
 ROWS, COLUMNS = (Shard(0),), (Shard(1),)
 
@@ -206,6 +207,16 @@ def told(job, value):
     return value
 
 
+def loaded():
+    """Rank 1 sees a later checkpoint than this one."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(checkpoints, "_told", lambda names: [names, [*names, "step-2"]]),
+    ):
+        model = net()
+        checkpoints.load_checkpoint(folder, model, AlrAdamW(model.named_parameters()))
+
+
 def estimated(function, wrap=fully_shard):
     function(wrap(net()), [{"input": torch.ones(1, 4)}])
 
@@ -307,6 +318,9 @@ REFUSED = {
     "save while a disk is full": (
         within(lambda: saved(all=others_fail, told=told)),
         OSError, r"w.safetensors'.*every rank.*rank 1: \[Errno 28\].*nothing was changed",
+    ),
+    "checkpoints that others do not see": (
+        lambda c: loaded(), ValueError, "the same ones on every process, got rank 0: none; rank 1: 'step-2'.*shared",
     ),
     **{
         f"{estimator.__name__} of shards": (

@@ -14,6 +14,7 @@ from refusals_distributed import job
 
 MODULES = ("distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_plan_cases")
 LOADING = ("distributed_loading_cases",)
+EIGHT = ("distributed_eight_cases",)
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
 )
@@ -35,6 +36,16 @@ def two(folder, four):
     """After four: it loads what those saved."""
     names = {**ranks.cases_of(LOADING), **ranks.cases_of(MODULES)}
     return ranks.run(2, (*LOADING, *MODULES), [name for name in names if not name.startswith("save ")], folder)
+
+
+@pytest.fixture(scope="session")
+def eight(folder):
+    return ranks.run(8, EIGHT, ranks.cases_of(EIGHT), folder)
+
+
+@pytest.mark.parametrize("case", ranks.cases_of(EIGHT))
+def test_eight_ranks_load_their_rows(eight, case):
+    assert not eight[case], eight[case]
 
 
 @pytest.mark.parametrize("case", ranks.cases_of(MODULES))

@@ -1,4 +1,4 @@
-"""What is refused, with which message, and that it changes nothing; every raise of five modules is reached."""
+"""What is refused, with which message, and that it changes nothing; every raise of these modules is reached."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 import pytest
+import refusals_backward
 import refusals_distributed
 import refusals_importance
 import refusals_lora
@@ -45,6 +46,7 @@ from refusals import (
     with_importance,
     wrong_gradient_shape,
 )
+from refusals_trainers import REFUSED as OF_TRAINERS
 from torch import nn
 
 from alr_kernels import (
@@ -53,15 +55,17 @@ from alr_kernels import (
     Importance,
     _ops,
     _validate,
+    _validate_backward,
     _validate_distributed,
     _validate_importance,
+    _validate_integrations,
     _validate_lora,
     _validate_planning,
     layer_coefficients,
 )
 
-CHECKS = (_validate, _validate_distributed, _validate_importance, _validate_lora, _validate_planning)
-SOURCES = tuple(Path(module.__file__) for module in CHECKS)
+CHECKS = (_validate, _validate_backward, _validate_distributed, _validate_importance, _validate_integrations)
+SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning))
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -249,8 +253,7 @@ REFUSED = {
     "importance path": (lambda c: new(c, "i.safetensors"), TypeError, "importance: expected.*got str.*Importance.load"),
     "importance type": (lambda c: new(c, 3.0), TypeError, "importance: expected an Importance.*got float"),
     "importance zero": (
-        lambda c: new(c, {n: 0 * t for n, t in c.importance.items()}),
-        ValueError, "at least one positive.*record=True.*None",
+        lambda c: new(c, {n: 0 * t for n, t in c.importance.items()}), ValueError, "one positive.*record=True.*None",
     ),
     "importance empty": (lambda c: new(c, {}), ValueError, "at least one positive value"),
     "coefficients type": (
@@ -266,10 +269,7 @@ REFUSED = {
         lambda c: c.optimizer.set_coeffs(ALPHAS | {"head": -1}),
         ValueError, r"coeffs\['head'\].*got -1",
     ),
-    "coefficients without importance": (
-        lambda c: new(c, None, ALPHAS),
-        ValueError, "coeffs.*no effect.*no importance",
-    ),
+    "coefficients without importance": (lambda c: new(c, None, ALPHAS), ValueError, "coeffs.*no effect.*no importance"),
     "set_coeffs without importance": (lambda c: new(c).set_coeffs("uniform"), ValueError, "set_coeffs.*no importance"),
     "start_phase coefficients without importance": (
         lambda c: new(c).start_phase(coeffs="uniform"), ValueError, "coeffs.*importance",
@@ -314,8 +314,11 @@ REFUSED = {
         lambda c: one(param=p(dtype=torch.float64), backend="native"), _ops.BackendUnavailableError,
         "backend='native'.*float64.*reference.*auto",
     ),
-} | SHARDED | refusals_importance.REFUSED | refusals_lora.REFUSED | refusals_lora_optim.REFUSED  # fmt: skip
-REFUSED |= refusals_planning.REFUSED | refusals_distributed.REFUSED
+}  # fmt: skip
+OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning)
+for module in (refusals_backward, refusals_distributed, *OTHERS):
+    REFUSED |= module.REFUSED
+REFUSED |= SHARDED | OF_TRAINERS
 
 
 @pytest.mark.parametrize("what", REFUSED)
@@ -341,8 +344,7 @@ def test_every_raise_is_reached():
             frames = traceback.extract_tb(caught.__traceback__)
             reached |= {(frame.filename, frame.lineno) for frame in frames}
     for source in SOURCES:
-        tree = ast.parse(source.read_text(encoding="utf-8"))
-        raises = [node for node in ast.walk(tree) if isinstance(node, ast.Raise)]
+        raises = [node for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.Raise)]
         assert raises
         missed = [
             node.lineno

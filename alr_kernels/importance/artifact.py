@@ -167,6 +167,24 @@ class Importance(Mapping[str, "Tensor"]):
             )
         return self._like(kept, {name: self._stats[name] for name in kept})
 
+    def renamed(self, old: str, new: str) -> Importance:
+        """Return it with another prefix of names: those that begin with ``old`` begin with ``new`` instead.
+
+        For a model inside another module: what was recorded as ``layers.0.weight`` is ``model.layers.0.weight`` there.
+
+        >>> import torch
+        >>> list(Importance({"layers.0.weight": torch.ones(2)}).renamed("", "model."))
+        ['model.layers.0.weight']
+
+        Raises:
+            ValueError: no name begins with ``old``, or two names coincide afterwards.
+        """
+        names = {name: new + name.removeprefix(old) if name.startswith(old) else name for name in self._entries}
+        _validate_importance.prefix(old, self._entries)
+        _validate.distinct_names(names.values())
+        entries = {names[name]: entry for name, entry in self._entries.items()}
+        return self._like(entries, {names[name]: row for name, row in self._stats.items()})
+
     def to(self, device: str | torch.device) -> Importance:
         """Return it on another device, in the same form."""
         return self._like({name: entry.to(device) for name, entry in self._entries.items()}, self._stats)

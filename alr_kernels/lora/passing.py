@@ -185,13 +185,15 @@ def unstacked(product: Product) -> list[Product]:
 class Pass:
     """One step: made before any factor moves."""
 
-    def __init__(self, space: Space, optimizer: Stepping, shared: tuple[Any, Any, Any]) -> None:
+    def __init__(
+        self, space: Space, optimizer: Stepping, shared: tuple[Any, Any, Any], bounds: Sequence[Bound]
+    ) -> None:
         self.space, self.optimizer, self.numbers = space, optimizer, Numbers(*shared)
         self.backend = optimizer.backend
         groups: dict[Any, list[Bound]] = {}
         strengths = [group["reg_lambda"] for group in optimizer.param_groups]
         off = [known_strength(strength) == 0 for strength in strengths]
-        for bound in space:
+        for bound in bounds:
             up, down = bound.params(optimizer.param_groups)
             sides = (up.grad is not None, down.grad is not None)
             if any(sides):
@@ -301,7 +303,7 @@ class Pass:
             if inf is not None:
                 rows = torch.where(inf.to(rows.device) != 0, before.get(tuple(names), torch.zeros_like(rows)), rows)
             found.append(Latest(names, rows))
-            if self.optimizer._balance is not None:
+            if self.optimizer._balance is not None and self.optimizer._attached is None:
                 self.optimizer._balance.observe(names, rows, inf)
         return found
 

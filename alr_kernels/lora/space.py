@@ -129,15 +129,18 @@ class Space:
             self._scales[key] = torch.tensor(values, dtype=torch.float64).to(device, non_blocking=True)
         return self._scales[key]
 
+    def place(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Note how everything is sharded, and refuse what cannot be; nothing is taken yet."""
+        for bound in self.bounds:
+            bound.shard(bound.params(groups))
+            if bound.importance is not None and not bound.placed:
+                _dtensor.check_part(f"importance of {bound.name}", bound.importance.values, bound.rows)
+
     def bind(
         self, groups: Sequence[Mapping[str, Any]], state: Any, storage: Storage, anchors: Mapping[str, Tensor] | None,
         record: bool, names: Sequence[Sequence[str]],
     ) -> None:  # fmt: skip
         """Take anchors and starts, and bring importance into the form in which it is read; see ``state.bind``."""
-        for bound in self.bounds:  # all are checked before any is bound
-            bound.shard(bound.params(groups))
-            if bound.importance is not None and not bound.placed:
-                _dtensor.check_part(f"importance of {bound.name}", bound.importance.values, bound.rows)
         for bound in self.bounds:
             params = bound.params(groups)
             for param, position, sharding in zip(params, (bound.up, bound.down), bound.of_factors, strict=True):

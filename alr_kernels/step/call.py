@@ -40,7 +40,8 @@ class Call:
         self.names = [slot.layer_name for slot in slots]
         self.sharding = slots[0].sharding  # all are split over the same ranks
         self.keys = [slot.index for slot in slots]
-        self.offsets = [slot.offset for slot in slots]
+        offsets = [slot.offset for slot in slots]
+        self.offsets = offsets if any(offsets) else ()
         self.hyper = torch.zeros(len(HYPER), dtype=torch.float64, device=device)
         self.unit_scales = torch.zeros(len(slots), dtype=torch.float64, device=device)
         self.version = -1  # of the coefficients in unit_scales

@@ -1,0 +1,144 @@
+"""Checkpoints of model and optimizer in torch's distributed format: whole or not there, on any number of processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from .. import _validate_distributed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+MORE = "more.pt"
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str], step: int, model: nn.Module, optimizer: Optimizer, *, keep: int = 2, **more: Any
+) -> Path:
+    """Save model, optimizer and whatever else a run needs into ``folder/step-<step>``; call it on every process.
+
+    Each process writes its shards (torch.distributed.checkpoint), into a folder that takes its name when all of it is
+    on disk. A process that is killed before leaves the earlier checkpoints as they were.
+
+    Args:
+        folder: on a file system that all processes share; made if missing.
+        step: ≥ 0, how far the run is.
+        model, optimizer: in one process, under DDP, or sharded by ``fully_shard``.
+        keep: how many checkpoints stay, the latest ones.
+        more: of a scheduler, a sampler, random generators: what ``torch.load(weights_only=True)`` reads; rank 0's.
+
+    Returns:
+        where it is.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    home = Path(folder)
+    scratch, target = home / f".step-{step}.partial", home / f"step-{step}"
+    if _rank() == 0:
+        home.mkdir(parents=True, exist_ok=True)
+        for left in home.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left)
+    _wait()
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=scratch)
+    if _rank() == 0:
+        torch.save(more, scratch / MORE)
+        for path in [*scratch.iterdir(), scratch]:
+            _to_disk(path)
+        if target.exists():
+            target.rename(home / f".step-{step}.replaced")
+        scratch.rename(target)
+        _to_disk(home)
+        shutil.rmtree(home / f".step-{step}.replaced", ignore_errors=True)
+        for old in _checkpoints(home)[:-keep]:
+            shutil.rmtree(old)
+    _wait()
+    return target
+
+
+def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer: Optimizer) -> dict[str, Any] | None:
+    """Load the latest checkpoint of :func:`save_checkpoint` into both; call it on every process.
+
+    The number of processes may be another than when it was saved; the optimizer is built as it was then.
+
+    Returns:
+        ``{"step": step, **more}``, or None where there is none yet.
+
+    Raises:
+        ValueError: the processes do not see the same checkpoints.
+        RuntimeError, ValueError: it is of another model or optimizer.
+
+    >>> import tempfile, torch
+    >>> from alr_kernels import AlrAdamW
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = AlrAdamW(model.named_parameters())
+    >>> model(torch.ones(1, 2)).sum().backward()
+    >>> optimizer.step()
+    >>> folder = tempfile.mkdtemp()
+    >>> load_checkpoint(folder, model, optimizer) is None
+    True
+    >>> _ = save_checkpoint(folder, 1, model, optimizer, seed=3)
+    >>> load_checkpoint(folder, model, optimizer)
+    {'step': 1, 'seed': 3}
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    found = _checkpoints(Path(folder))
+    _validate_distributed.same_checkpoints(str(folder), _told([path.name for path in found]))
+    if not found:
+        return None
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=found[-1])
+    set_model_state_dict(model, state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    more = torch.load(found[-1] / MORE, weights_only=True)
+    return {"step": _step(found[-1]), **more}
+
+
+def _checkpoints(home: Path) -> list[Path]:
+    """Return the whole ones, the latest last."""
+    return sorted((path for path in home.glob("step-*") if path.name[5:].isdigit()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _told(value: Any) -> list[Any]:
+    """Return every process's value."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
