@@ -65,15 +65,21 @@ def loaded(
     kinds |= {"start": param.dtype, "path_integral": compute_dtype(param)} if record else {}
     for key, dtype in kinds.items():
         if (value := saved.get(key)) is not None:
-            inexact = storage.is_split(param) and value.dtype is torch.float32  # a split weight's own value
-            wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else value.dtype
-            kept = wide if inexact else dtype
+            if storage.is_split(param) and value.dtype is torch.float32:  # a split weight's own value
+                wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else torch.float32
+                exact = torch.equal(value.to(dtype).float(), value) and not factor
+                kept = dtype if _dtensor.everywhere(exact, _dtensor.Sharding.of(key, param)) else wide
+            else:
+                kept = dtype
             state[key] = in_layout_of(param, value.to(param.device), kept, copy=True)
     if record and EFFECTIVE in saved:
         state[EFFECTIVE] = saved[EFFECTIVE].to(param.device, compute_dtype(param), copy=True)
     start, anchor = state.get("start"), state.get("anchor")
-    if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
-        state["start"] = anchor
+    if start is not None and anchor is not None:
+        wide = torch.promote_types(start.dtype, anchor.dtype)
+        same_values = torch.equal(start.to(wide), anchor.to(wide))
+        if _dtensor.everywhere(same_values, _dtensor.Sharding.of("start", param)):
+            state["start"] = anchor
     return state
 
 
@@ -89,12 +95,16 @@ def local_parts(slot: Slot, param: Tensor, saved: Mapping[str, Any]) -> dict[str
     return parts
 
 
-def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
     """Return a state as it is saved: DTensors where the parameter is one, and no tensor twice.
 
-    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here.
+    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here,
+    and round them to its dtype: those of a split weight are float32 there, whether they need it or not.
     """
     saved: dict[str, Any] = dict(state)
+    if storage.is_split(param) and slot.bound is None:
+        kinds = {"start": torch.float32, "anchor": storage.anchor_dtype(param, exact=False)}
+        saved |= {key: saved[key].to(dtype, copy=True) for key, dtype in kinds.items() if key in saved}
     if "start" in saved and saved["start"] is saved.get("anchor"):
         saved["start"] = torch.clone(saved["start"])
     sharding = _dtensor.Sharding.of(slot.name, param)
