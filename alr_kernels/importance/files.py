@@ -161,7 +161,7 @@ class ImportanceWriter:
                 self._file.truncate(self._size)
         if job.size > 1:
             self._join()
-        self._open_now = True
+        self._is_open = True
 
     def _join(self) -> None:
         """Open on every rank the file that rank 0 began."""
@@ -210,7 +210,7 @@ class ImportanceWriter:
         from .. import _ops
 
         name = unwrap(name)
-        if not self._open_now:
+        if not self._is_open:
             _validate_importance.closed_writer()
         if not isinstance(importance, Encoded):
             _validate_importance.importance_tensor(name, importance)
@@ -244,7 +244,7 @@ class ImportanceWriter:
         Raises:
             ValueError: a tensor is missing; the file that was there stays.
         """
-        if not self._open_now:
+        if not self._is_open:
             return
         try:
             _validate_importance.complete_file(str(self._target), self._layout, self._stats)
@@ -272,7 +272,7 @@ class ImportanceWriter:
 
     def abort(self) -> None:
         """Give up and remove what was written; a file that was there stays. Does nothing after :meth:`close`."""
-        self._open_now = False
+        self._is_open = False
         if self._scratch is not None:
             scratch, self._scratch = self._scratch, None
             scratch.discard()

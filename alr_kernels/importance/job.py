@@ -47,8 +47,10 @@ class Job:
         return values
 
     def writes(self, tensor: Tensor, name: str) -> tuple[Tensor, int] | None:
-        """Return what of a tensor this rank writes and the byte where it begins; None: nothing. Waits for other ranks
-        where a tensor is not split by rows: it is put together, that one alone."""
+        """Return what of a tensor this rank writes and the byte where it begins; None: nothing.
+
+        A tensor that is not split by rows is put together for it, one at a time: that waits for the other ranks.
+        """
         sharding = _dtensor.Sharding.of(name, tensor)
         if sharding is None:
             return (tensor, 0) if self.rank == 0 else None
