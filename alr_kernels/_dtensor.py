@@ -140,6 +140,13 @@ def all_reduce(values: Tensor, sharding: Sharding, largest: bool = False) -> Ten
     return moved.to(values.device)
 
 
+def everywhere(here: bool, sharding: Sharding | None) -> bool:
+    """Whether something holds of all parts of a tensor."""
+    if sharding is None:
+        return here
+    return not bool(all_reduce(torch.tensor(not here, dtype=torch.int32), sharding, largest=True))
+
+
 def totals(values: Sequence[Tensor], shardings: Sequence[Sharding | None], largest: bool = False) -> list[Tensor]:
     """Return each local value, of one shape and dtype, summed over the ranks; one message for all of a mesh."""
     found = list(values)

@@ -65,16 +65,29 @@ def loaded(
     kinds |= {"start": param.dtype, "path_integral": compute_dtype(param)} if record else {}
     for key, dtype in kinds.items():
         if (value := saved.get(key)) is not None:
-            inexact = storage.is_split(param) and value.dtype is torch.float32  # a split weight's own value
+            inexact = storage.is_split(param) and value.dtype is torch.float32 and not _fits(value, param)
             wide = storage.anchor_dtype(param, exact=False) if key == "anchor" else value.dtype
             kept = wide if inexact else dtype
             state[key] = in_layout_of(param, value.to(param.device), kept, copy=True)
     if record and EFFECTIVE in saved:
         state[EFFECTIVE] = saved[EFFECTIVE].to(param.device, compute_dtype(param), copy=True)
     start, anchor = state.get("start"), state.get("anchor")
-    if start is not None and anchor is not None and start.dtype is anchor.dtype and torch.equal(start, anchor):
+    if start is not None and anchor is not None and _are_one(start, anchor, param, storage):
         state["start"] = anchor
     return state
+
+
+def _fits(value: Tensor, param: Tensor) -> bool:
+    """Whether the dtype of a split weight holds, on every rank, what was saved of it in float32."""
+    same = torch.equal(value.to(param.dtype).to(value.dtype), value)
+    return _dtensor.everywhere(same, _dtensor.Sharding.of("a parameter", param))
+
+
+def _are_one(start: Tensor, anchor: Tensor, param: Tensor, storage: Storage) -> bool:
+    """Whether start and anchor can share a buffer: a split weight's start then has the anchor's dtype, on every rank."""
+    if not storage.is_split(param):
+        return start.dtype is anchor.dtype and torch.equal(start, anchor)
+    return _dtensor.everywhere(torch.equal(start.float(), anchor.float()), _dtensor.Sharding.of("a parameter", param))
 
 
 def local_parts(slot: Slot, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,12 +102,16 @@ def local_parts(slot: Slot, param: Tensor, saved: Mapping[str, Any]) -> dict[str
     return parts
 
 
-def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+def wrapped(slot: Slot, param: Tensor, state: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
     """Return a state as it is saved: DTensors where the parameter is one, and no tensor twice.
 
-    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here.
+    Loading in place (torch.distributed.checkpoint) would write anchor and start into the buffer that they share here,
+    and round a split weight's, once it moved, to the bf16 in which a new optimizer has them: they are saved wide.
     """
     saved: dict[str, Any] = dict(state)
+    if storage.is_split(param) and slot.bound is None:
+        wide = {"start": torch.float32, "anchor": storage.anchor_dtype(param, exact=False)}
+        saved |= {key: saved[key].to(dtype) for key, dtype in wide.items() if key in saved}
     if "start" in saved and saved["start"] is saved.get("anchor"):
         saved["start"] = torch.clone(saved["start"])
     sharding = _dtensor.Sharding.of(slot.name, param)

@@ -36,7 +36,7 @@ class Saving(Readings):
             self._penalty, self._penalty_form, self._coeffs_choice, self.recorded_steps, balance, self._lora_form
         )
         saved["state"] = {
-            index: saved_form.wrapped(slot, param, self.state[param])
+            index: saved_form.wrapped(slot, param, self.state[param], self._storage)
             for index, (_, slot, param) in enumerate(self._members())
             if index in saved["state"]
         }

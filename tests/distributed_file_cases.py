@@ -107,7 +107,7 @@ def importance_stays_sharded(folder):
         same_importance(expected, got, exact=False)
     for run, importance in zip(runs, kept, strict=True):
         run.start_phase(importance.normalized().merged(earlier, "decayed", 0.5).astype("int8"))
-    assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-9) for layer, alpha in runs[0].coeffs.items()}
+    assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-6) for layer, alpha in runs[0].coeffs.items()}
     for model, run in zip(models, runs, strict=True):
         give(model, gradients(7))
         run.step()
