@@ -84,7 +84,7 @@ def _fits(value: Tensor, param: Tensor) -> bool:
 
 
 def _are_one(start: Tensor, anchor: Tensor, param: Tensor, storage: Storage) -> bool:
-    """Whether start and anchor can share a buffer: a split weight's start then has the anchor's dtype, on every rank."""
+    """Whether start and anchor can share a buffer; a split weight's start then has the anchor's dtype on all ranks."""
     if not storage.is_split(param):
         return start.dtype is anchor.dtype and torch.equal(start, anchor)
     return _dtensor.everywhere(torch.equal(start.float(), anchor.float()), _dtensor.Sharding.of("a parameter", param))
