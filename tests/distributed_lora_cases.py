@@ -24,11 +24,22 @@ class Wide(torch.nn.Module):
         self.layers = torch.nn.ModuleList([torch.nn.Linear(128, 37, bias=False), torch.nn.Linear(256, 64)])
 
 
+class Twins(torch.nn.Module):
+    """Two pairs of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(7, 5, bias=False) for _ in range(2)])
+
+
 def models_of(kind, dtype, rank):
     def build():
         if kind == "mixed":
             return adapted(Mixed(), MIXED, r=rank).to(dtype)
-        return adapted(Wide(), ["layers.0", "layers.1"], r=rank, modules_to_save=[]).to(dtype)
+        return adapted(Wide() if kind == "wide" else Twins(), ["layers.0", "layers.1"], r=rank, modules_to_save=[]).to(
+            dtype
+        )
 
     return build(), build()
 
@@ -53,7 +64,11 @@ def local_of(expected, got):
 def pairs_of(kind, layout, rank, dtype, estimator, options, folder):
     """Weights, moments, anchors, ω, statistics, penalty and the recorded importance are those of the whole run."""
     models = models_of(kind, dtype, rank)
-    shard(models[1], *mesh_of(layout))
+    parts = {"": layout}
+    if kind == "twins":
+        parts = {"base_model.model.layers.0": layout, "base_model.model.layers.1": "replicate"}
+    for which, each in parts.items():
+        shard(models[1].get_submodule(which), *mesh_of(each))
     preset = {"preset": "paper"} if estimator == "paper" else {"estimator": estimator}
     pairs = [lora_pairs(model, **preset) for model in models]
     importance = random_importance(pairs[0])
@@ -106,6 +121,7 @@ def pairs_of(kind, layout, rank, dtype, estimator, options, folder):
     recorded = [run.recorded_importance(xi=1e-3) for run in runs]
     assert list(recorded[0]) == list(recorded[1])
     for name in recorded[0]:
+        assert recorded[1][name].shape == recorded[0][name].shape
         expected, got = local_of(recorded[0][name], recorded[1][name])
         scale = float(recorded[0][name].abs().max())
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=(1e-3 if dtype is torch.float32 else 1e-8) * scale)
@@ -125,5 +141,6 @@ CASES = {
     "lora float32": (pairs_of, "wide", "rows", 4, F32, "tangent", {}),
     "lora int4": (pairs_of, "wide", "rows", 3, F32, "tangent", {"importance_dtype": "int4"}),
     "lora replicated": (pairs_of, "wide", "replicate", 2, F64, "tangent", {}),
+    "lora apart": (pairs_of, "twins", "rows", 2, F64, "tangent", {}),
     "lora balanced": (pairs_of, "wide", "rows", 2, F64, "tangent", {"coeffs": DynamicCoeffs("uniform", every=2)}),
 }  # fmt: skip
