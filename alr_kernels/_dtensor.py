@@ -72,7 +72,9 @@ class Sharding:
     @cached_property
     def splits(self) -> tuple[int, ...]:
         """Mesh dimensions over which the tensor is split; over the others every rank has the same."""
-        return tuple(i for i, placement in enumerate(self.placements) if placement.is_shard() and self.mesh.size(i) > 1)
+        return tuple(
+            i for i, placement in enumerate(self.placements) if not placement.is_replicate() and self.mesh.size(i) > 1
+        )
 
     @cached_property
     def by_rows(self) -> bool:

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import os
 import resource
+import shutil
 from unittest import mock
 
 import pytest
@@ -36,6 +37,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from alr_kernels import AlrAdamW, Importance, ImportanceRecorder
+from alr_kernels.importance.scratch import Scratch
+from alr_kernels.integrations.checkpoints import load_checkpoint as load_latest
+from alr_kernels.integrations.checkpoints import save_checkpoint as save_latest
 
 HYPER = {"lr": 1e-2, "weight_decay": 0.1, "reg_lambda": 0.3}
 
@@ -66,6 +70,10 @@ def same_importance(expected, got, exact=True):
                 assert torch.equal(x, y), name
             else:
                 torch.testing.assert_close(y, x, rtol=1e-6, atol=0.0)
+        x, y = expected[name], got[name]
+        assert y.shape == x.shape
+        x, y = (part(x, y).to_local(), y.to_local()) if isinstance(y, DTensor) else (x, y)
+        torch.testing.assert_close(y, x, rtol=1e-6, atol=0.0)
         row, other = expected.stats[name], got.stats[name]
         assert (row.numel, row.nonfinite, row.max, row.histogram) == (
             other.numel, other.nonfinite, other.max, other.histogram,
@@ -106,6 +114,8 @@ def importance_stays_sharded(folder):
         lambda x: x.normalized().merged(earlier, "decayed", 0.5),
         lambda x: x.normalized().astype("int8").merged(earlier, "max"),
         lambda x: x.astype("int4"),
+        lambda x: x.normalized().astype("int4").merged(earlier, "max"),
+        lambda x: Importance(dict(x)),
         lambda x: x.select(["layers.1.vector", "layers.0.uneven.weight"]),
     ):
         expected, got = (change(x) for x in kept)
@@ -113,6 +123,7 @@ def importance_stays_sharded(folder):
     for run, importance in zip(runs, kept, strict=True):
         run.start_phase(importance.normalized().merged(earlier, "decayed", 0.5).astype("int8"))
     assert dict(runs[1].coeffs) == {layer: pytest.approx(alpha, rel=1e-6) for layer, alpha in runs[0].coeffs.items()}
+    assert runs[1]._penalty.largest == pytest.approx(runs[0]._penalty.largest, rel=1e-6)
     for model, run in zip(models, runs, strict=True):
         give(model, gradients(7))
         run.step()
@@ -120,23 +131,43 @@ def importance_stays_sharded(folder):
 
 
 def recorder(kind, folder):
-    """ImportanceRecorder around torch's own AdamW on sharded weights, finalised and saved."""
+    """ImportanceRecorder around another optimizer; weights that something else moves between steps are noticed."""
     models = Weights(), shard(Weights(), *mesh_of(kind))
     kept = []
-    for model in models:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for which, model in zip(("whole", "sharded"), models, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.125, foreach=False)
         with ImportanceRecorder(optimizer, model.named_parameters()) as found:
             for step in range(3):
                 give(model, gradients(step))
                 optimizer.step()
-        kept.append(found)
-    expected, got = (found.finalise(xi=1e-3) for found in kept)
-    assert any(row.max > 0 for row in expected.stats.values())
-    same_importance(expected, got)
-    path = folder / f"recorder-{kind}.safetensors"
-    kept[1].save(path, xi=1e-3)
+                with torch.no_grad():
+                    for param in model.parameters():
+                        param.mul_(1.5)
+        path = folder / f"recorder-{kind}-{which}.safetensors"
+        if which == "sharded" or dist.get_rank() == 0:
+            found.save(path, xi=1e-3)
+        kept.append(found.finalise(xi=1e-3))
+        dist.barrier()
+        same_importance(kept[0], Importance.load(path))
+    same_importance(*kept)
+
+
+def whole_when_named(folder):
+    """When the file gets its name, what every rank wrote is on the disk."""
+    run = recorded(shard(Weights(), *mesh_of("rows")), 2)
+    path, copy_of_it = folder / "named.safetensors", folder / "as-named.safetensors"
+    publish = Scratch.publish
+
+    def copied(self):
+        self.file.flush()
+        shutil.copy(self.path, copy_of_it)
+        publish(self)
+
+    with mock.patch.object(Scratch, "publish", copied):
+        run.save_importance(path, xi=1e-3)
     dist.barrier()
-    same_importance(expected, Importance.load(path))
+    before = path.read_bytes()
+    assert copy_of_it.read_bytes() == before
 
 
 @contextlib.contextmanager
@@ -198,10 +229,12 @@ VARIANTS = {
 }
 
 
-def fresh(variant, sharded, meta=False):
+def fresh(variant, sharded, meta=False, other=False):
     options, dtype = VARIANTS[variant]
     with torch.device("meta" if meta else "cpu"):
         model = Weights(dtype)
+    if other:  # other weights: neither they nor the anchors that are made of them may survive a load
+        model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
     importance = importance_of(Weights(dtype))
     if sharded:
         fully_shard(model)
@@ -212,7 +245,9 @@ def fresh(variant, sharded, meta=False):
 
 def advance(variant, model, run, steps):
     for step in steps:
-        if step == 1:
+        if step == 1 and variant == "split":
+            run.start_phase()  # from here on bf16 holds neither anchor nor start
+        elif step == 1:
             run.restart_recording()  # from here on the start is not the anchor
         give(model, gradients(step, VARIANTS[variant][1]))
         run.step()
@@ -228,7 +263,7 @@ def save_checkpoint(variant, folder):
 def load_checkpoint(variant, meta, folder):
     """Load what another number of ranks saved, and go on as if nothing had happened."""
     sharded = dist.is_initialized()
-    model, run = fresh(variant, sharded, meta)
+    model, run = fresh(variant, sharded, meta, other=not meta)
     kept = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, run)}
     dcp.load(kept, checkpoint_id=folder / f"dcp-{variant}")
     set_model_state_dict(model, kept["model"])
@@ -248,7 +283,7 @@ def whole_state(variant, folder):
     kept = get_optimizer_state_dict(model, run, options=gathered)
     weights = get_model_state_dict(model, options=gathered)
     assert bool(kept) == (dist.get_rank() == 0)
-    model, run = fresh(variant, True)
+    model, run = fresh(variant, True, other=True)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, copy.deepcopy(weights), options=options)  # it fills the dictionary with shards
     set_optimizer_state_dict(model, run, copy.deepcopy(kept), options=options)
@@ -257,11 +292,50 @@ def whole_state(variant, folder):
     advance(variant, whole, straight, range(5))
     same_state(straight, run, (whole, model))
     if dist.get_rank() == 0:
-        alone, one = fresh(variant, False)
+        alone, one = fresh(variant, False, other=True)
         alone.load_state_dict(weights)
         set_optimizer_state_dict(alone, one, kept)
         advance(variant, alone, one, range(3, 5))
         same_state(straight, one, (whole, alone))
+
+
+def checkpoints(folder):
+    """The latest whole ones stay, by number; loading takes the last, whatever a killed process left beside it."""
+    home = folder / "checkpoints"
+    model, run = fresh("lean", True)
+    assert load_latest(home, model, run) is None
+    for step in (1, 2, 9, 10, 11):
+        advance("lean", model, run, [step])
+        if step == 11:
+            break
+        path = save_latest(home, step, model, run, keep=2, half=step / 2)
+        assert path == home / f"step-{step}"
+        assert path.is_dir()  # on every rank, at once
+        if step >= 9 and dist.get_rank() == 0:
+            (home / f".step-{step + 1}.partial").mkdir()
+            (home / f".step-{step + 1}.partial" / "0_0.distcp").write_bytes(b"half")
+        dist.barrier()
+    assert {each.name for each in home.iterdir()} == {"step-9", "step-10", ".step-11.partial"}
+    again, other = fresh("lean", True, other=True)
+    assert load_latest(home, again, other) == {"step": 10, "half": 5.0}
+    assert other.recorded_steps == run.recorded_steps - 1 == 4
+    advance("lean", again, other, [11])
+    same_sharded(run, other, (model, again))
+    save_latest(home, 10, model, run, keep=1)
+    assert [each.name for each in home.iterdir()] == ["step-10"]
+    third, last = fresh("lean", True, other=True)
+    assert load_latest(home, third, last) == {"step": 10}
+    same_sharded(run, last, (model, third))
+
+
+def same_sharded(expected, got, models):
+    for (name, p), (_, q) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(p.to_local(), q.to_local()), name
+    saved = [run.state_dict()["state"] for run in (expected, got)]
+    for index, state in saved[0].items():
+        for key, value in state.items():
+            here, there = (x.to_local() if isinstance(x, DTensor) else x for x in (value, saved[1][index][key]))
+            assert torch.equal(here, there), key
 
 
 FORMATS = [("rows", kept, False) for kept in ("fp32", "bf16", "int8", "int4", "rank1")]
@@ -273,6 +347,8 @@ CASES = {
     "importance stays sharded": (importance_stays_sharded,),
     **{f"recorder {kind}": (recorder, kind) for kind in ("rows", "hsdp", "columns")},
     **{f"a rank {what}": (one_rank_fails, what) for what in FAILURES},
+    "checkpoints": (checkpoints,),
+    "whole when named": (whole_when_named,),
     **{f"whole state {variant}": (whole_state, variant) for variant in ("fp32", "lean")},
     **{f"save {variant}": (save_checkpoint, variant) for variant in VARIANTS},
 }  # fmt: skip

@@ -12,7 +12,13 @@ import ranks
 import torch
 from refusals_distributed import job
 
-MODULES = ("distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_plan_cases")
+pytest.importorskip("peft", reason="peft is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+MODULES = (
+    "distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_training_cases",
+    "distributed_plan_cases",
+)  # fmt: skip
 LOADING = ("distributed_loading_cases",)
 EIGHT = ("distributed_eight_cases",)
 pytestmark = pytest.mark.skipif(

@@ -144,7 +144,7 @@ class ImportanceRecorder:
         self._starts: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
         self._path_integrals: dict[str, Tensor] = {}
-        self._versions: dict[str, tuple[int, int]] = {}
+        self._versions: dict[str, tuple[int, int, int]] = {}
         self._had_grads = False
         self.steps = 0
         self._hooks = [
@@ -252,7 +252,7 @@ class ImportanceRecorder:
         )
 
 
-def _version(param: Tensor) -> tuple[int, int]:
-    """Return what changes when a weight is replaced or written to."""
+def _version(param: Tensor) -> tuple[int, int, int]:
+    """Return what changes when a weight is replaced or written to: by way of a DTensor, or of what is here of it."""
     here = local(param)
-    return here.data_ptr(), here._version
+    return here.data_ptr(), here._version, param._version
