@@ -71,8 +71,11 @@ class Sharding:
 
     @cached_property
     def splits(self) -> tuple[int, ...]:
-        """Mesh dimensions over which the tensor is split; over the others every rank has the same."""
-        return tuple(i for i, placement in enumerate(self.placements) if placement.is_shard())
+        """Mesh dimensions over which the tensor is split; over the others every rank has the same.
+
+        Not by ``is_shard()``, which denies _StridedShard: FSDP2's over tensor parallel's rows.
+        """
+        return tuple(i for i, placement in enumerate(self.placements) if not placement.is_replicate())
 
     @cached_property
     def by_rows(self) -> bool:
@@ -128,6 +131,12 @@ def part_of(name: str, value: Tensor, sharding: Sharding | None) -> Tensor:
     placed = (value.device_mesh, tuple(value.placements))
     _validate.sharded_alike(name, placed, None if sharding is None else (sharding.mesh, sharding.placements))
     return local(value)
+
+
+def place_gradient(param: Any) -> None:
+    """Bring a DTensor's gradient into its placements: that of a replicated one may be a sum not yet made."""
+    if tuple(param.grad.placements) != tuple(param.placements):
+        param.grad = param.grad.redistribute(placements=param.placements)
 
 
 def all_reduce(values: Tensor, sharding: Sharding, largest: bool = False) -> Tensor:

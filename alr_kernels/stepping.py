@@ -119,6 +119,8 @@ class Stepping(Optimizer):
                     _validate.gradient(slot.name, param, grad)
                 if slot.sharding is not None or type(grad) is not Tensor:
                     _validate_distributed.gradient_sharding(slot.name, grad, slot.sharding is not None)
+                    if slot.sharding is not None:
+                        _dtensor.place_gradient(param)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
                 source = slot.bound or slot
