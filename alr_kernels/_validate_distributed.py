@@ -160,3 +160,9 @@ def same_checkpoints(folder: str, seen: Sequence[Sequence[str]]) -> None:
             f"checkpoints in {folder!r}: expected the same ones on every process, got {each}; "
             "use a folder on a shared file system."
         )
+
+
+def checkpoint_failed(path: str, reason: str, cause: Any) -> NoReturn:
+    raise RuntimeError(
+        f"checkpoint {path!r}: expected rank 0 to read and write it, got {reason}; earlier checkpoints stay."
+    ) from (cause if isinstance(cause, BaseException) else None)
