@@ -1,4 +1,4 @@
-"""Tensor parallel, alone and below FSDP2: gradients that are sums not yet made, rows that are split twice, two meshes."""
+"""Tensor parallel, alone and below FSDP2: gradients that are sums not yet made, rows split twice, two meshes."""
 
 from __future__ import annotations
 
