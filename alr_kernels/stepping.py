@@ -71,6 +71,7 @@ class Stepping(Optimizer):
         members = self._members()
         for _, slot, param in members:
             _validate_distributed.not_flattened(slot.name, param)
+            _validate_distributed.in_memory(slot.name, _dtensor.local(param))
             _validate.steppable(slot.name, _dtensor.local(param))
             if self.capturable:
                 _validate.capturable(slot.name, param)

@@ -14,6 +14,15 @@ from alr_kernels import AlrAdamW, Importance
 from alr_kernels.integrations import param_groups
 
 
+def released_since():
+    """What FSDP2 does to a root's parameters that were whole when the optimizer was built."""
+    param = p(4)
+    optimizer = one(param=param, record=True)
+    param.grad = torch.ones(4)
+    param.untyped_storage().resize_(0)
+    optimizer.step()
+
+
 def saved_in_a_job(c, **more):
     """Save a checkpoint as the one process of a job."""
     from alr_kernels.integrations.checkpoints import save_checkpoint
@@ -114,6 +123,7 @@ REFUSED = {
     "dtype of a callback": (
         lambda c: under_trainer(adamw(), dtype="int2"), ValueError, "dtype: expected one of 'fp32'.*got 'int2'",
     ),
+    "released since": (lambda c: released_since(), RuntimeError, r"'w' has no memory any more.*model\.reshard\(\)"),
     "checkpoint that rank 0 cannot read back": (
         lambda c: saved_in_a_job(c, more=print), RuntimeError, "step-1': expected rank 0 .*weights_only.*earlier.*stay",
     ),
