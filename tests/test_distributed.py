@@ -10,7 +10,13 @@ import pytest
 import ranks
 import torch
 
-MODULES = ("distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_tensor_parallel_cases")
+MODULES = (
+    "distributed_cases",
+    "distributed_lora_cases",
+    "distributed_file_cases",
+    "distributed_tensor_parallel_cases",
+    "distributed_training_cases",
+)
 LOADING = ("distributed_loading_cases",)
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(), reason="torch without gloo"
