@@ -149,6 +149,13 @@ def check_gradient(name: str, grad: Tensor, sharding: Sharding | None) -> None:
         _validate.gradient_sharding(name, None, _placed(sharding))
 
 
+def place_gradient(param: Any) -> None:
+    """Bring a DTensor's gradient into its placements: that of a replicated one may be a sum not yet made."""
+    grad = param.grad
+    if is_sharded(grad) and grad.device_mesh == param.device_mesh and grad.placements != param.placements:
+        param.grad = grad.redistribute(placements=param.placements)
+
+
 def all_reduce(values: Tensor, sharding: Sharding, largest: bool = False) -> Tensor:
     """Return the sum (or the largest) of local values over all ranks that hold other parts, where they were."""
     import torch.distributed as dist

@@ -88,6 +88,16 @@ def not_flattened(name: str, param: Tensor) -> None:
         )
 
 
+def in_memory(name: str, param: Tensor) -> None:
+    """Refuse what FSDP2 had gathered for a forward pass when the optimizer was built, and has released since."""
+    if param.numel() and not param.is_meta and param.untyped_storage().nbytes() == 0:
+        raise RuntimeError(
+            f"parameter {name!r} has no memory any more: it was whole when the optimizer was built, as fully_shard() "
+            "leaves the root's after a forward pass without backward; call model.reshard() first, or build the "
+            "optimizer before such a pass."
+        )
+
+
 def same_parameters(shapes: Mapping[str, Sequence[int]], now: Sequence[Tensor]) -> None:
     """Refuse a group whose parameters (name → shape) were exchanged for others since the optimizer was built."""
     if len(now) != len(shapes):
@@ -174,3 +184,9 @@ def same_checkpoints(folder: str, seen: Sequence[Sequence[str]]) -> None:
             f"checkpoints in {folder!r}: expected the same ones on every process, got {each}; "
             "use a folder on a shared file system."
         )
+
+
+def checkpoint_failed(path: str, reason: str, cause: Any) -> NoReturn:
+    raise RuntimeError(
+        f"checkpoint {path!r}: expected rank 0 to read and write it, got {reason}; earlier checkpoints stay."
+    ) from (cause if isinstance(cause, BaseException) else None)

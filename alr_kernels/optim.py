@@ -200,6 +200,8 @@ class AlrAdamW(Saving):
             self.param_groups.pop()  # a refused group leaves the optimizer as it was
             raise
         self._slots.append(slots)
+        for key in sorted(_state.SAVED_KEYS):  # torch's flattened states keep the keys that groups have, and no others
+            group.setdefault(key, None)
         self._bound = False
         if self._attached is not None:
             self._attached.extend()
@@ -379,4 +381,5 @@ class AlrAdamW(Saving):
         shapes += [bound.geometry.shape for bound in self._space or () if bound.importance is not None]
         kept = self._storage.describe([param for _, _, param in members], shapes)
         how = f"mode: {self.mode}, backend: {self.backend}, record: {self.record}"
-        return f"{super().__repr__()}\n{how}\n{covered}\n{kept}"
+        groups = [x for x in super().__repr__().splitlines() if x.strip().split(":")[0] not in _state.SAVED_KEYS]
+        return "\n".join([*groups, how, covered, kept])

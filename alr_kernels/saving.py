@@ -79,7 +79,7 @@ class Saving(Readings):
                 state.setdefault("anchor", anchors[param])
             if state:
                 self.state[param] = state
-        self._recorded_steps = int(saved_groups[0].get("recorded_steps", 0)) if self.record else 0
+        self._recorded_steps = int(saved_groups[0].get("recorded_steps") or 0) if self.record else 0
         self._device_steps = None
         self._bound = False
 

@@ -70,6 +70,7 @@ class Stepping(Optimizer):
             _validate_distributed.same_parameters({slot.name: slot.shape for slot in slots}, group["params"])
         members = self._members()
         for _, slot, param in members:
+            _validate_distributed.in_memory(slot.name, _dtensor.local(param))
             _validate.steppable(slot.name, _dtensor.local(param))
             if self.capturable:
                 _validate.capturable(slot.name, param)
@@ -120,6 +121,9 @@ class Stepping(Optimizer):
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
                 if slot.sharding is not None or type(grad) is not Tensor:
+                    if slot.sharding is not None:
+                        _dtensor.place_gradient(param)
+                        grad = param.grad
                     _dtensor.check_gradient(slot.name, grad, slot.sharding)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from alr_kernels import AlrAdamW, Importance, ImportanceRecorder
+from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, ImportanceRecorder
 from alr_kernels.importance.scratch import Scratch
 from alr_kernels.integrations.checkpoints import load_checkpoint as load_latest
 from alr_kernels.integrations.checkpoints import save_checkpoint as save_latest
@@ -338,6 +338,44 @@ def same_sharded(expected, got, models):
             assert torch.equal(here, there), key
 
 
+def flattened(variant, coeffs, folder):
+    """torchtitan's and transformers' form, one key a number: torch keeps of groups the keys that this one's have."""
+    flat = StateDictOptions(flatten_optimizer_state_dict=True)
+    options = {**VARIANTS[variant][0], "coeffs": coeffs}
+    importance = importance_of(Weights())
+    runs = []
+    for _ in range(2):
+        model = Weights()
+        fully_shard(model)
+        runs.append((model, AlrAdamW(model.named_parameters(), importance, record=True, **HYPER, **options)))
+    advance(variant, *runs[0], range(3))
+    path = folder / f"flattened-{variant}-{type(coeffs).__name__}"
+    dcp.save({"o": get_optimizer_state_dict(*runs[0], options=flat)}, checkpoint_id=path)
+    runs[1][0].load_state_dict(runs[0][0].state_dict())
+    kept = {"o": get_optimizer_state_dict(*runs[1], options=flat)}
+    dcp.load(kept, checkpoint_id=path)
+    set_optimizer_state_dict(*runs[1], kept["o"], options=flat)
+    assert runs[1][1].recorded_steps == runs[0][1].recorded_steps == 2
+    assert dict(runs[1][1].coeffs) == dict(runs[0][1].coeffs)
+    for run in runs:
+        advance(variant, *run, range(3, 5))
+    assert dict(runs[1][1].coeffs) == dict(runs[0][1].coeffs)
+    for p, q in zip(runs[0][0].parameters(), runs[1][0].parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
+    other = AlrAdamW(model.named_parameters(), importance, mode="coupled", record=True, **HYPER, **options)
+    with pytest.raises(ValueError, match=r"mode='proximal'.*mode='coupled'"):
+        set_optimizer_state_dict(model, other, kept["o"], options=flat)
+
+
+def refused_on_every_rank(folder):
+    """What rank 0 alone can tell must not leave the others waiting."""
+    model, run = fresh("fp32", True)
+    advance("fp32", model, run, range(1))
+    with pytest.raises(RuntimeError, match=r"rank 0: .*(Weights only|weights_only)"):
+        save_latest(folder / "refused", 1, model, run, more=print if dist.get_rank() == 0 else 1)
+    assert load_latest(folder / "refused", model, run) is None
+
+
 FORMATS = [("rows", kept, False) for kept in ("fp32", "bf16", "int8", "int4", "rank1")]
 CASES = {
     **{f"file {kind} {kept}{' relative' * rel}": (one_file, kind, kept, rel) for kind, kept, rel in [
@@ -349,6 +387,9 @@ CASES = {
     **{f"a rank {what}": (one_rank_fails, what) for what in FAILURES},
     "checkpoints": (checkpoints,),
     "whole when named": (whole_when_named,),
+    "flattened": (flattened, "lean", {"layers.0": 0.7, "layers.1": 0.2, "layers.2": 0.1}),
+    "flattened, balanced": (flattened, "fp32", DynamicCoeffs("uniform", every=2)),
+    "checkpoint refused": (refused_on_every_rank,),
     **{f"whole state {variant}": (whole_state, variant) for variant in ("fp32", "lean")},
     **{f"save {variant}": (save_checkpoint, variant) for variant in VARIANTS},
 }  # fmt: skip

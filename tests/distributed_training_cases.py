@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import lora_models
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -154,9 +155,28 @@ def lora(kind, estimator, targets, folder):
     assert CLOSE
 
 
+def after_evaluation(folder):
+    """A forward pass without backward leaves the root's parameters whole: refused, for their memory is released."""
+    model = llama()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with torch.no_grad():
+        loss_of(model, batch(0, 0))
+    early = AlrAdamW(model.named_parameters(), **OPTIONS)
+    model.reshard()
+    run = AlrAdamW(model.named_parameters(), **OPTIONS)
+    loss_of(model, batch(0, dist.get_rank())).backward()
+    with pytest.raises(RuntimeError, match=r"embed_tokens\.weight' has no memory any more.*model\.reshard"):
+        early.step()
+    run.step()
+    assert all("exp_avg" in run.state[param] for param in model.parameters())
+
+
 ATTENTION = ["q_proj", "v_proj"]
 CASES = {
     "ddp": (ddp,),
+    "fsdp2 after evaluation": (after_evaluation,),
     "fsdp2": (fsdp2, {}, "rows", False),
     "fsdp2 mixed precision": (fsdp2, {}, "rows", True),
     "fsdp2 hsdp, tied": (fsdp2, {}, "hsdp", False),

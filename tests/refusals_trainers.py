@@ -6,11 +6,34 @@ import tempfile
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from refusals import new, one, p
 from torch import nn
 
 from alr_kernels import AlrAdamW, Importance
 from alr_kernels.integrations import param_groups
+
+
+def released_since():
+    """What FSDP2 does to a root's parameters that were whole when the optimizer was built."""
+    param = p(4)
+    optimizer = one(param=param, record=True)
+    param.grad = torch.ones(4)
+    param.untyped_storage().resize_(0)
+    optimizer.step()
+
+
+def saved_in_a_job(c, **more):
+    """Save a checkpoint as the one process of a job."""
+    from alr_kernels.integrations.checkpoints import save_checkpoint
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(folder, 1, c.model, c.optimizer, **more)
+    finally:
+        dist.destroy_process_group()
+
 
 SEVEN = ["embed.bias", "embed.weight", "head.bias", "layers.0.bias", "layers.0.weight", "layers.1.bias", "head.weight"]
 
@@ -99,6 +122,10 @@ REFUSED = {
     "xi of a callback": (lambda c: under_trainer(adamw(), xi=0), ValueError, "xi: expected a number in.*got 0"),
     "dtype of a callback": (
         lambda c: under_trainer(adamw(), dtype="int2"), ValueError, "dtype: expected one of 'fp32'.*got 'int2'",
+    ),
+    "released since": (lambda c: released_since(), RuntimeError, r"'w' has no memory any more.*model\.reshard\(\)"),
+    "checkpoint that rank 0 cannot read back": (
+        lambda c: saved_in_a_job(c, more=print), RuntimeError, "step-1': expected rank 0 .*weights_only.*earlier.*stay",
     ),
     "Lightning and step clip": (
         lambda c: under_lightning(one(max_grad_norm=0.5), clip=1.0), ValueError,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops, _validate, _validate_distributed, _validate_importance
-from .._dtensor import Sharding, check_gradient, local
+from .._dtensor import Sharding, check_gradient, is_sharded, local, place_gradient
 from ..codecs.storage import fitting, parse
 from ..names import unwrap
 from . import sharded
@@ -193,6 +193,9 @@ class ImportanceRecorder:
         found_inf = getattr(optimizer, "found_inf", None)
         live = [name for name in self._starts if self._params[name].grad is not None]
         _validate_importance.recorder_grads(self._had_grads, bool(live))
+        for name in live:
+            if is_sharded(self._params[name]):
+                place_gradient(self._params[name])
         if found_inf is None or not bool(found_inf):
             for maximize in (False, True):
                 names = [name for name in live if self._maximize.get(id(self._params[name]), False) is maximize]

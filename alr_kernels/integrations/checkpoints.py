@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .. import _validate_distributed
+from .. import _validate, _validate_distributed
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import nn
     from torch.optim import Optimizer
 
@@ -31,26 +34,38 @@ def save_checkpoint(
         folder: on a file system that all processes share; made if missing.
         step: ≥ 0, how far the run is.
         model, optimizer: in one process, under DDP, or sharded by ``fully_shard``.
-        keep: how many checkpoints stay, the latest ones.
+        keep: ≥ 1, how many checkpoints stay: the latest ones, and the one that is saved.
         more: of a scheduler, a sampler, random generators: what ``torch.load(weights_only=True)`` reads; rank 0's.
 
     Returns:
         where it is.
+
+    Raises:
+        RuntimeError: on every process, where rank 0 could not write, or not read ``more`` back: nothing was changed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+    step = int(_validate.number("step", step))
+    _validate.number("keep", keep, low=1)
     home = Path(folder)
     scratch, target = home / f".step-{step}.partial", home / f"step-{step}"
-    if _rank() == 0:
+
+    def begin() -> bytes:
         home.mkdir(parents=True, exist_ok=True)
+        _restore(home)
         for left in home.glob(".step-*"):  # by a process that was killed
             shutil.rmtree(left)
-    _wait()
+        torch.save(more, held := io.BytesIO())
+        torch.load(io.BytesIO(held.getvalue()), weights_only=True)  # now, not when the run is to go on
+        return held.getvalue()
+
+    held = _on_first(begin, target)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=scratch)
-    if _rank() == 0:
-        torch.save(more, scratch / MORE)
+
+    def finish() -> None:
+        (scratch / MORE).write_bytes(held)
         for path in [*scratch.iterdir(), scratch]:
             _to_disk(path)
         if target.exists():
@@ -59,8 +74,10 @@ def save_checkpoint(
         _to_disk(home)
         shutil.rmtree(home / f".step-{step}.replaced", ignore_errors=True)
         for old in _checkpoints(home)[:-keep]:
-            shutil.rmtree(old)
-    _wait()
+            if old != target:
+                shutil.rmtree(old)
+
+    _on_first(finish, target)
     return target
 
 
@@ -97,11 +114,16 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
         set_optimizer_state_dict,
     )
 
+    _on_first(lambda: _restore(Path(folder)), Path(folder))
     found = _checkpoints(Path(folder))
     _validate_distributed.same_checkpoints(str(folder), _told([path.name for path in found]))
     if not found:
         return None
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    saved = dcp.FileSystemReader(found[-1]).read_metadata().state_dict_metadata
+    for name, kept in state["optimizer"]["state"].items():  # of a parameter without gradients less was kept
+        for key in [key for key in kept if f"optimizer.state.{name}.{key}" not in saved]:
+            del kept[key]
     dcp.load(state, checkpoint_id=found[-1])
     set_model_state_dict(model, state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
@@ -111,7 +133,16 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
 
 def _checkpoints(home: Path) -> list[Path]:
     """Return the whole ones, the latest last."""
-    return sorted((path for path in home.glob("step-*") if path.name[5:].isdigit()), key=_step)
+    found = (path for path in home.glob("step-*") if path.name[5:].isdigit() and (path / MORE).is_file())
+    return sorted(found, key=_step)
+
+
+def _restore(home: Path) -> None:
+    """Give a checkpoint its name back whose successor of the same step was not there yet when the run was killed."""
+    for left in home.glob(".step-*.replaced"):
+        target = home / left.name[1:].removesuffix(".replaced")
+        if not target.exists():
+            left.rename(target)
 
 
 def _step(path: Path) -> int:
@@ -126,13 +157,20 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _on_first(work: Callable[[], Any], path: Path) -> Any:
+    """Let rank 0 work while the others wait; return its result there. If it fails, raise on every process."""
+    result, reason = None, ""
+    if not dist.is_initialized():
+        return work()
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            result, reason = error, f"rank 0: {type(error).__name__}: {error}"
+    reason = _told(reason)[0]
+    if reason:
+        _validate_distributed.checkpoint_failed(str(path), reason, result)
+    return result
 
 
 def _told(value: Any) -> list[Any]:
