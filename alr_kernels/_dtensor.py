@@ -141,19 +141,18 @@ def check_part(name: str, value: Tensor, sharding: Sharding | None) -> None:
         _validate.sharded_alike(name, (value.device_mesh, tuple(value.placements)), _placed(sharding))
 
 
-def check_gradient(name: str, grad: Tensor, sharding: Sharding | None) -> None:
-    """Refuse a gradient that does not lie as its parameter."""
-    if is_sharded(grad):
-        _validate.gradient_sharding(name, (grad.device_mesh, tuple(grad.placements)), _placed(sharding))
-    elif sharding is not None:
-        _validate.gradient_sharding(name, None, _placed(sharding))
+def place_gradient(name: str, param: Any, sharding: Sharding | None) -> None:
+    """Bring a DTensor's gradient into its placements: that of a replicated one may be a sum not yet made.
 
-
-def place_gradient(param: Any) -> None:
-    """Bring a DTensor's gradient into its placements: that of a replicated one may be a sum not yet made."""
+    Raises:
+        RuntimeError: only one of the two is a DTensor, or they are on different meshes.
+    """
     grad = param.grad
-    if is_sharded(grad) and grad.device_mesh == param.device_mesh and grad.placements != param.placements:
-        param.grad = grad.redistribute(placements=param.placements)
+    meshes = [grad.device_mesh if is_sharded(grad) else None, None if sharding is None else sharding.mesh]
+    if meshes[0] != meshes[1]:
+        _validate.gradient_sharding(name, *meshes)
+    if sharding is not None and tuple(grad.placements) != sharding.placements:
+        param.grad = grad.redistribute(placements=sharding.placements)
 
 
 def all_reduce(values: Tensor, sharding: Sharding, largest: bool = False) -> Tensor:

@@ -59,19 +59,18 @@ def sharded_alike(name: str, got: tuple[Any, Any], expected: tuple[Any, Any] | N
         )
 
 
-def gradient_sharding(name: str, got: tuple[Any, Any] | None, expected: tuple[Any, Any] | None) -> None:
-    """Refuse a gradient (mesh, placements; None: unsharded) that does not lie as its parameter."""
+def gradient_sharding(name: str, got: Any, expected: Any) -> NoReturn:
+    """Refuse a gradient that is on another mesh than its parameter (None: unsharded)."""
     if got is None or expected is None:
         forms = ["a DTensor" if placed else "an unsharded tensor" for placed in (expected, got)]
         raise RuntimeError(
             f"parameter {name!r}: expected {forms[0]} as gradient, as the parameter is, got {forms[1]}; was the model "
             "sharded or gathered between backward and step?"
         )
-    if got != expected:
-        raise RuntimeError(
-            f"parameter {name!r}: expected its gradient sharded as the parameter, {expected[1]} on {expected[0]}, got "
-            f"{got[1]} on {got[0]}; set p.grad = p.grad.redistribute(p.device_mesh, p.placements) before the step."
-        )
+    raise RuntimeError(
+        f"parameter {name!r}: expected its gradient on the parameter's mesh, {expected}, got {got}; shard the model "
+        "before the forward pass, and nothing between backward and step."
+    )
 
 
 def not_flattened(name: str, param: Tensor) -> None:

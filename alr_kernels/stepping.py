@@ -121,10 +121,7 @@ class Stepping(Optimizer):
                 if grad.layout is not torch.strided or grad.shape != param.shape:
                     _validate.gradient(slot.name, param, grad)
                 if slot.sharding is not None or type(grad) is not Tensor:
-                    if slot.sharding is not None:
-                        _dtensor.place_gradient(param)
-                        grad = param.grad
-                    _dtensor.check_gradient(slot.name, grad, slot.sharding)
+                    _dtensor.place_gradient(slot.name, param, slot.sharding)
                 if slot.dtype is not param.dtype:
                     _validate.same_dtype(slot.name, param.dtype, slot.dtype)
                 source = slot.bound or slot

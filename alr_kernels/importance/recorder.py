@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops, _validate, _validate_distributed, _validate_importance
-from .._dtensor import Sharding, check_gradient, is_sharded, local, place_gradient
+from .._dtensor import Sharding, local, place_gradient
 from ..codecs.storage import fitting, parse
 from ..names import unwrap
 from . import sharded
@@ -176,7 +176,7 @@ class ImportanceRecorder:
         self._had_grads = any(param.grad is not None for param in self._params.values())
         for name, param in self._params.items():
             if param.grad is not None:
-                check_gradient(name, param.grad, Sharding.of(name, param))
+                place_gradient(name, param, Sharding.of(name, param))
             if name not in self._starts:
                 if param.grad is None and not param.requires_grad:
                     continue  # frozen; recorded from its first gradient on
@@ -193,9 +193,6 @@ class ImportanceRecorder:
         found_inf = getattr(optimizer, "found_inf", None)
         live = [name for name in self._starts if self._params[name].grad is not None]
         _validate_importance.recorder_grads(self._had_grads, bool(live))
-        for name in live:
-            if is_sharded(self._params[name]):
-                place_gradient(self._params[name])
         if found_inf is None or not bool(found_inf):
             for maximize in (False, True):
                 names = [name for name in live if self._maximize.get(id(self._params[name]), False) is maximize]
