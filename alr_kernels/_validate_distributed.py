@@ -129,11 +129,12 @@ def no_gradient(names: Sequence[str]) -> None:
 def no_zero_redundancy() -> None:
     """Refuse to be the inner optimizer of ZeroRedundancyOptimizer: a rank would hold a part of all names."""
     zero = getattr(sys.modules.get("torch.distributed.optim"), "ZeroRedundancyOptimizer", None)
-    frame = sys._getframe(1) if zero is not None else None
+    its_code = getattr(getattr(zero, "_init_local_optimizer", None), "__code__", None)
+    frame = sys._getframe(1) if its_code is not None else None
     for _ in range(8):
         if frame is None:
             return
-        if isinstance(frame.f_locals.get("self"), zero):  # type: ignore[arg-type]
+        if frame.f_code is its_code:  # looking at its locals would keep those of every caller alive
             raise TypeError(
                 "ZeroRedundancyOptimizer hands each rank some of the parameters, unnamed: importance and the mean over "
                 f"all of it need them all; {RECIPE}."

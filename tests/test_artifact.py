@@ -289,7 +289,9 @@ def test_nothing_in_the_package_unpickles():
                 names = [node.module or ""]
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 names = [f"{node.value.id}.{node.attr}"]
-            banned = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "torch.load"} & set(names)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert "weights_only=True" in map(ast.unparse, node.keywords), source
+            banned = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve"} & set(names)
             assert not banned, f"{source}: {banned}"
 
 

@@ -303,7 +303,8 @@ class TestInterpreted:
 
 @triton.jit
 def scalars_of(hyper_ptr, step_ptr, unit_scale_ptr, out_ptr):
-    s = f.scalars(hyper_ptr, tl.load(step_ptr).to(tl.int32), tl.load(unit_scale_ptr), tl.cast(0, tl.uint32), True)
+    zero = tl.cast(0, tl.uint32), tl.cast(0, tl.int64)  # key and offset
+    s = f.scalars(hyper_ptr, tl.load(step_ptr).to(tl.int32), tl.load(unit_scale_ptr), zero[0], zero[1], True)
     tl.store(out_ptr, s.lr)
     tl.store(out_ptr + 1, s.decay)
     tl.store(out_ptr + 2, s.one_minus_beta1)
