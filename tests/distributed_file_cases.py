@@ -257,15 +257,15 @@ def save_checkpoint(variant, folder):
     model, run = fresh(variant, True)
     advance(variant, model, run, range(3))
     kept = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, run)}
-    dcp.save(kept, checkpoint_id=folder / f"dcp-{variant}")
+    dcp.save(kept, checkpoint_id=folder.parent / f"dcp-{variant}")
 
 
 def load_checkpoint(variant, meta, folder):
-    """Load what another number of ranks saved, and go on as if nothing had happened."""
+    """Load what another number of ranks saved (beside ``folder``), and go on as if nothing had happened."""
     sharded = dist.is_initialized()
     model, run = fresh(variant, sharded, meta, other=not meta)
     kept = {"model": get_model_state_dict(model), "optim": get_optimizer_state_dict(model, run)}
-    dcp.load(kept, checkpoint_id=folder / f"dcp-{variant}")
+    dcp.load(kept, checkpoint_id=folder.parent / f"dcp-{variant}")
     set_model_state_dict(model, kept["model"])
     set_optimizer_state_dict(model, run, kept["optim"])
     advance(variant, model, run, range(3, 5))

@@ -29,12 +29,14 @@ def _rank(rank, world, modules, names, folder, shared):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
     cases = cases_of(modules)
+    own = Path(shared, f"{world}-ranks")
+    own.mkdir(exist_ok=True)
     for name in names:
         torch.manual_seed(0)
         began = time.perf_counter()
         try:
             function, *arguments = cases[name]
-            function(*arguments, Path(shared))
+            function(*arguments, own)
             dist.barrier()
             found = ""
         except Exception:
@@ -47,7 +49,7 @@ def _rank(rank, world, modules, names, folder, shared):
 
 
 def run(world, modules, names, shared):
-    """Run these cases on ``world`` ranks, with a folder that all see; return name → '' or tracebacks.
+    """Run these cases on ``world`` ranks, with a folder that all see in ``shared``; return name → '' or tracebacks.
 
     A case that fails on one rank ends the spawn; the rest goes on in a new one.
     """

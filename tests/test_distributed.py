@@ -67,7 +67,7 @@ def test_on_two_ranks(two, case):
 @pytest.mark.parametrize("variant", distributed_file_cases.VARIANTS)
 def test_one_process_loads_what_four_saved(four, folder, variant):
     assert not four[f"save {variant}"]
-    distributed_file_cases.load_checkpoint(variant, False, folder)
+    distributed_file_cases.load_checkpoint(variant, False, folder / "one")
 
 
 @pytest.mark.parametrize("case", [name for name in distributed_plan_cases.CASES if "hsdp" not in name])
