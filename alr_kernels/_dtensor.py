@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import _ranks
 from . import _validate_distributed as _validate
 from .step.plan import STATISTICS
 
@@ -196,10 +197,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def summed_over_job(values: Tensor) -> Tensor:
     """Return the sum over all processes; the values themselves where there is one."""
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(values)
+    if _ranks.place()[1] > 1:
+        torch.distributed.all_reduce(values)
     return values
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
+from . import _ranks
 
 if TYPE_CHECKING:
     from .stepping import Stepping
@@ -22,13 +22,12 @@ def attachable(optimizer: Stepping) -> None:
             "attach_to_backward: capturable=True is for a step that a CUDA graph replays, and backward's hooks are "
             "not replayed; use capturable=False, or step after backward."
         )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        size = torch.distributed.get_world_size()
-        if size > 1:
-            raise ValueError(
-                f"attach_to_backward: expected a single process, got {size}: hooks come before gradients are averaged, "
-                "so that each would step with its own; step after backward."
-            )
+    size = _ranks.place()[1]
+    if size > 1:
+        raise ValueError(
+            f"attach_to_backward: expected a single process, got {size}: hooks come before gradients are averaged, "
+            "so that each would step with its own; step after backward."
+        )
 
 
 def attached_twice() -> NoReturn:

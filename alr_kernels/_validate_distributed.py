@@ -7,8 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-
+from . import _ranks
 from ._validate import listed
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ def no_gradient(names: Sequence[str]) -> None:
         "after the optimizer was built (fully_shard(), FSDP1, to_empty(), a quantised or copied model)? Build the "
         "optimizer from the model as it is trained, and call backward() before step()."
     )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _ranks.in_job():
         raise RuntimeError(message)
     warnings.warn(message, RuntimeWarning, stacklevel=7)  # the caller of step(), behind torch's two wrappers
 

@@ -25,6 +25,7 @@ from alr_kernels import (
     AlrAdamW,
     Importance,
     ImportanceRecorder,
+    _ranks,
     fisher_importance,
     magnitude_gradient_importance,
     mas_importance,
@@ -211,7 +212,7 @@ def loaded():
     """Rank 1 sees a later checkpoint than this one."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(checkpoints, "_told", lambda names: [names, [*names, "step-2"]]),
+        mock.patch.object(_ranks, "of_all", lambda names: [names, [*names, "step-2"]]),
     ):
         model = net()
         checkpoints.load_checkpoint(folder, model, AlrAdamW(model.named_parameters()))

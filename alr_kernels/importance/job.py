@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from .. import _dtensor, _validate_distributed
+from .. import _dtensor, _ranks, _validate_distributed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,34 +17,20 @@ class Job:
     """All processes of a job, or this one alone."""
 
     def __init__(self, shardings: Iterable[Sharding | None]) -> None:
-        import torch.distributed as dist
-
         meshes = [sharding.mesh for sharding in shardings if sharding is not None]
         self.rank, self.size = 0, 1
         if meshes:
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self.rank, self.size = _ranks.place()
             # Under tensor parallel with FSDP2, what the plan leaves out lies whole on each of several smaller meshes.
             _validate_distributed.whole_job(max(mesh.size() for mesh in meshes), self.size)
 
     def told(self, value: Any) -> Any:
         """Return rank 0's value."""
-        if self.size == 1:
-            return value
-        import torch.distributed as dist
-
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return value if self.size == 1 else _ranks.of_first(value)
 
     def all(self, value: Any) -> list[Any]:
         """Return every rank's value."""
-        if self.size == 1:
-            return [value]
-        import torch.distributed as dist
-
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        return [value] if self.size == 1 else _ranks.of_all(value)
 
     def writes(self, tensor: Tensor, name: str) -> tuple[Tensor, int] | None:
         """Return what of a tensor this rank writes and the byte where it begins; None: nothing.

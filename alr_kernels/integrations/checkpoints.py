@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
-from .. import _validate, _validate_distributed
+from .. import _ranks, _validate, _validate_distributed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -116,7 +115,7 @@ def load_checkpoint(folder: str | os.PathLike[str], model: nn.Module, optimizer:
 
     _on_first(lambda: _restore(Path(folder)), Path(folder))
     found = _checkpoints(Path(folder))
-    _validate_distributed.same_checkpoints(str(folder), _told([path.name for path in found]))
+    _validate_distributed.same_checkpoints(str(folder), _ranks.of_all([path.name for path in found]))
     if not found:
         return None
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -160,23 +159,14 @@ def _to_disk(path: Path) -> None:
 def _on_first(work: Callable[[], Any], path: Path) -> Any:
     """Let rank 0 work while the others wait; return its result there. If it fails, raise on every process."""
     result, reason = None, ""
-    if not dist.is_initialized():
+    if not _ranks.in_job():
         return work()
-    if dist.get_rank() == 0:
+    if _ranks.place()[0] == 0:
         try:
             result = work()
         except Exception as error:
             result, reason = error, f"rank 0: {type(error).__name__}: {error}"
-    reason = _told(reason)[0]
+    reason = _ranks.of_first(reason)
     if reason:
         _validate_distributed.checkpoint_failed(str(path), reason, result)
     return result
-
-
-def _told(value: Any) -> list[Any]:
-    """Return every process's value."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

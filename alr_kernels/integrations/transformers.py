@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from .. import _validate_integrations
+from .. import _ranks, _validate_integrations
 from ..importance import Importance
 from ..lora import LoraPairs, lora_pairs
 from ..optim import AlrAdamW
@@ -156,6 +156,6 @@ class AlrCallback(TrainerCallback):
         if optimizer is not None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._saving.write(optimizer, folder / watching.FILE_NAME, bool(args.should_save))
-            watching.wait_for_all()  # every rank has written its part
+            _ranks.wait()  # every rank has written its part
             if args.should_save:
                 (folder / WHOLE).touch()

@@ -33,12 +33,6 @@ def is_sharded(optimizer: AlrAdamW) -> bool:
     return any(hasattr(param, "to_local") for group in optimizer.param_groups for param in group["params"])
 
 
-def wait_for_all() -> None:
-    """Wait until every process of the job is here; return at once where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
 def state_bytes(optimizer: AlrAdamW) -> int:
     """Return the bytes that this process holds for the optimizer: its state and Ω, shared memory once."""
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
