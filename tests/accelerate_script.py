@@ -6,6 +6,7 @@ gradients and must take the same steps. Arguments: folder, "full" or "lora".
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -84,3 +85,5 @@ def main(folder, kind):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    gc.collect()  # what holds the process group goes before it does, or torch may abort at exit
+    torch.distributed.destroy_process_group()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import gc
 import importlib
 import json
 import os
@@ -45,6 +47,7 @@ def _rank(rank, world, modules, names, folder, shared):
         Path(folder, f"{names.index(name)}.{rank}.json").write_text(json.dumps([found, seconds]), encoding="utf-8")
         if found:
             break  # the others stop at their next collective
+    gc.collect()  # what holds the process group goes before it does, or torch may abort at exit
     dist.destroy_process_group()
 
 
@@ -57,12 +60,13 @@ def run(world, modules, names, shared):
     names = list(names)
     while names:
         with tempfile.TemporaryDirectory() as folder:
-            mp.start_processes(_rank, (world, modules, names, folder, str(shared)), world, start_method="spawn")
+            with contextlib.suppress(mp.ProcessExitedException):  # a rank that died has not reported
+                mp.start_processes(_rank, (world, modules, names, folder, str(shared)), world, start_method="spawn")
             for i, name in enumerate(list(names)):
                 reports = [Path(folder, f"{i}.{rank}.json") for rank in range(world)]
                 texts = [json.loads(path.read_text(encoding="utf-8"))[0] for path in reports if path.exists()]
-                if not texts:
-                    break
+                if not texts and i > 0:
+                    break  # for the next spawn
                 found[name] = "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
                 if len(texts) < world and not found[name]:
                     found[name] = f"only {len(texts)} of {world} ranks came back"

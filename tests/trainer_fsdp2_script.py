@@ -5,6 +5,7 @@ Prints a line of JSON from rank 0: what of it was equal. Argument: a folder.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -79,3 +80,5 @@ def main(folder):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    gc.collect()  # what holds the process group goes before it does, or torch may abort at exit
+    dist.destroy_process_group()

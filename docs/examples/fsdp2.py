@@ -1,5 +1,6 @@
 """FSDP2: torchrun --nproc-per-node 2 docs/examples/fsdp2.py [folder]. Killed at any time, it goes on where it was."""
 
+import gc
 import inspect
 import json
 import sys
@@ -54,4 +55,6 @@ optimizer.save_importance(folder / "importance.safetensors", dtype="int8")  # ev
 importance = Importance.load(folder / "importance.safetensors")  # on 1 process or 1,000
 optimizer = AlrAdamW(param_groups(model), importance, lr=2e-3, reg_lambda=0.3)
 train(model, optimizer, rows(inspect.getsource(inspect)), 15, folder / "domain")
+del model, optimizer  # they hold the process group, and torch aborts if they outlive it
+gc.collect()
 dist.destroy_process_group()
