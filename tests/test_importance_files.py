@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -305,14 +306,32 @@ def test_two_writers_of_one_file_do_not_mix(tmp_path):
 def test_a_scratch_file_that_is_taken_for_abandoned_is_made_again(tmp_path, monkeypatch):
     lock, taken = scratch._lock, []
 
-    def late(handle):
+    def late(handle, wait=False):
         if not taken:
             taken.extend(tmp_path.glob(".*.partial"))
             taken[0].unlink()
-        return lock(handle)
+        return lock(handle, wait)
 
     monkeypatch.setattr(scratch, "_lock", late)
     with ImportanceWriter(tmp_path / "i.safetensors", {"w": (2,)}) as writer:
         writer.add("w", torch.ones(2))
     assert Importance.load(tmp_path / "i.safetensors")["w"].tolist() == [1.0, 1.0]
     assert taken
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks writers")
+def test_many_writers_of_one_file_do_not_take_each_others_for_abandoned(tmp_path):
+    """Each looks for what killed writers left while others have just begun."""
+    code = f"""
+import os, pathlib, sys
+from alr_kernels.importance.scratch import Scratch
+children = [os.fork() for _ in range(2)]  # four processes
+for _ in range(300):
+    scratch = Scratch(pathlib.Path({str(tmp_path / "x.safetensors")!r}))
+    scratch.publish()
+    scratch.discard()
+sys.exit(any([os.waitpid(child, 0)[1] for child in children if child]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

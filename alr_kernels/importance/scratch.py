@@ -23,7 +23,7 @@ class Scratch:
         while True:
             handle, path = tempfile.mkstemp(".partial", f".{target.name}.", target.parent)
             self.path, self.file = Path(path), os.fdopen(handle, "w+b")
-            _lock(self.file.fileno())
+            _lock(self.file.fileno(), True)  # another writer may be looking at whether it is abandoned
             if self.path.exists():  # else another writer took it for abandoned before it was locked
                 break
             self.file.close()
@@ -45,12 +45,15 @@ class Scratch:
                 self.file.close()
 
 
-def _lock(handle: int) -> bool:
-    """Mark a file as being written, for other processes, until it is closed; whether nobody else has."""
+def _lock(handle: int, wait: bool = False) -> bool:
+    """Mark a file as being written, for other processes, until it is closed; whether nobody else has.
+
+    ``wait`` until nobody else has.
+    """
     if fcntl is None:
         return False
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:  # held, or a file system without locks
         return False
     return True
