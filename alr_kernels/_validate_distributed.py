@@ -141,6 +141,15 @@ def no_zero_redundancy() -> None:
         frame = frame.f_back
 
 
+def whole_entry(name: str, sharding: Any) -> None:
+    """Refuse, for a file that one process writes, a tensor of which other processes hold parts."""
+    if sharding is not None and sharding.splits:
+        raise ValueError(
+            f"importance of {name!r}: expected a whole tensor for a file that this process writes alone, got a DTensor "
+            f"with {sharding.placements} on {sharding.mesh}; pass tensor.full_tensor(), or save an Importance of them."
+        )
+
+
 def whole_job(mesh_size: int, world_size: int) -> None:
     if mesh_size != world_size:
         raise RuntimeError(

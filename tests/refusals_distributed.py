@@ -30,6 +30,7 @@ from alr_kernels import (
     magnitude_gradient_importance,
     mas_importance,
 )
+from alr_kernels.importance import ImportanceWriter
 from alr_kernels.importance.job import Job
 from alr_kernels.integrations import checkpoints
 
@@ -195,6 +196,14 @@ def saved(mesh=None, **answers):
         importance.save(f"{folder}/w.safetensors")
 
 
+def written_alone():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ImportanceWriter(f"{folder}/w.safetensors", {"w": wide().shape}) as file,
+    ):
+        file.add("w", placed(wide(), ROWS))
+
+
 def others_see(job, value):
     return [value, False]
 
@@ -300,6 +309,9 @@ REFUSED = {
     ),
     "recorded gradient on another mesh": (
         within(lambda: recorded_gradient(wide)), RuntimeError, "'w': expected a DTensor as.*got an unsharded tensor",
+    ),
+    "a part for a file of one process": (
+        within(written_alone), ValueError, "importance of 'w'.*whole tensor.*writes alone, got a DTensor.*full_tensor",
     ),
     "half a pair": (
         within(half_a_pair), RuntimeError, "pair 'w'.*both factors sharded alike, got None for B.*Shard.*for A",

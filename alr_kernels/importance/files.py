@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import _validate, _validate_distributed, _validate_importance
+from .._dtensor import Sharding
 from .._version import __version__
 from ..codecs.encoded import Encoded
 from ..codecs.reference import BLOCK
@@ -32,8 +33,6 @@ from .statistics import BINS, STATISTICS, TensorStats, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from .._dtensor import Sharding
 
 FORMAT = "alr_kernels.importance"
 FORMAT_VERSION = 3  # of files with rank1 in them; others stay 2, which older versions read. 1 was never released
@@ -215,6 +214,9 @@ class ImportanceWriter:
         if not isinstance(importance, Encoded):
             _validate_importance.importance_tensor(name, importance)
         _validate_importance.expected_entry(name, self._layout, self._stats)
+        if self._job.size == 1:
+            values = importance.values if isinstance(importance, Encoded) else importance
+            _validate_distributed.whole_entry(name, Sharding.of(name, values))
         kept, shape = self._layout[name]
         given = importance if isinstance(importance, Encoded) else Encoded.dense(importance.detach())
         _validate_importance.entry_shape(name, given.shape, shape)

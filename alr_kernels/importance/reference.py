@@ -43,6 +43,17 @@ def accumulate_(
         before.copy_(param)
 
 
+def squared_move(end: Tensor, start: Tensor, compute: torch.dtype) -> Tensor:
+    """Return (θ_end − θ_start)²."""
+    return (end.to(compute) - start.to(compute)).square()
+
+
+def mean_move(move_sq: Tensor) -> Tensor:
+    """Return mean((θ_end − θ_start)²), 0-dim float64; a weight that is lost counts as unmoved."""
+    moved = torch.where(torch.isfinite(move_sq), move_sq, 0.0).double()
+    return moved.mean() if moved.numel() else moved.sum()
+
+
 @torch.no_grad()
 def finalise(
     path_integrals: Sequence[Tensor],
@@ -57,11 +68,8 @@ def finalise(
     importances, rows, counts = [], [], []
     for path_integral, param, start, kept in zip(path_integrals, params, starts, formats, strict=True):
         compute = path_integral.dtype
-        move_sq = (param.to(compute) - start.to(compute)).square()
-        floor = xi
-        if relative:  # ξ = ρ · mean((θ_end − θ_start)²)
-            moved = torch.where(torch.isfinite(move_sq), move_sq, 0.0)  # a weight that is lost counts as unmoved
-            floor = xi * float(moved.double().mean()) if moved.numel() else 0.0
+        move_sq = squared_move(param, start, compute)
+        floor = xi * float(mean_move(move_sq)) if relative else xi  # ξ = ρ · mean((θ_end − θ_start)²)
         denominator = move_sq + floor  # 0 only where nothing moved and ξ is relative: no scale, hence Ω = 0
         importance = torch.where((path_integral > 0) & (denominator > 0), path_integral / denominator, 0.0)
         finite = torch.isfinite(path_integral) & torch.isfinite(importance)

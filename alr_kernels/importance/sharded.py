@@ -10,6 +10,7 @@ import torch
 from .. import _dtensor, _validate_distributed
 from ..codecs.encoded import Encoded
 from ..codecs.storage import CODES
+from .reference import mean_move, squared_move
 from .statistics import STATISTICS, TensorStats
 
 if TYPE_CHECKING:
@@ -65,12 +66,11 @@ def _each(count: int, shardings: Sequence[Sharding | None], run: Callable[[int],
 
 
 def _mean_moves(ends: Sequence[Tensor], starts: Sequence[Tensor], shardings: Sequence[Sharding | None]) -> list[float]:
-    """Return each whole tensor's mean((θ_end − θ_start)²), lost weights counting as unmoved."""
+    """Return each whole tensor's mean((θ_end − θ_start)²), from those of what is here."""
     sums = []
     for end, start in zip(ends, starts, strict=True):
         wide = torch.promote_types(end.dtype, torch.float32)
-        move_sq = (end.to(wide) - start.to(wide)).square()
-        sums.append(torch.where(torch.isfinite(move_sq), move_sq, 0.0).double().sum())
+        sums.append(mean_move(squared_move(end, start, wide)) * end.numel())
     sizes = [end.numel() if s is None else s.shape.numel() for end, s in zip(ends, shardings, strict=True)]
     return [float(x) / max(n, 1) for x, n in zip(_dtensor.totals(sums, shardings), sizes, strict=True)]
 

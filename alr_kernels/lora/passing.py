@@ -102,7 +102,7 @@ class Stack:
         stacked = []
         for params, states in zip(self.params, self.states, strict=True):
             split = any("remainder" in state for state in states)
-            stacked.append(torch.stack([*map(_state.whole if split else local, params, *([states] if split else []))]))
+            stacked.append(torch.stack([*(map(_state.whole, params, states) if split else map(local, params))]))
         return Product(*self.matrices(*stacked))
 
     def first(self) -> Product:
