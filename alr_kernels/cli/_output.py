@@ -89,8 +89,8 @@ class Shown(Progress):
 
             self._bars = progress.Progress(
                 progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn(),
-                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("{task.fields[note]}"),
-                console=self.console,
+                progress.TimeElapsedColumn(), progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"), console=self.console,
             )  # fmt: skip
             self._bars.start()
         return self

@@ -155,7 +155,7 @@ class RecordOptions:
     """How importance is made."""
 
     method: str = option(
-        "path-integral", "path-integral trains on the data and integrates; the others pass over it with weights at rest.",
+        "path-integral", "path-integral trains on the data and integrates; the others read it, weights at rest.",
         choices=("path-integral", "fisher", "mas", "magnitude-gradient"),
     )  # fmt: skip
     xi: float = option(0.01, "ξ, which weighs how far a weight moved: Ω = ω / (Δθ² + ξ).", rare=True)
