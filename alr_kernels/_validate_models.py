@@ -12,8 +12,8 @@ def fp16_weights(name: str, dtype: str) -> None:
     """Refuse to train all weights of a model in fp16."""
     if dtype == "fp16":
         raise ValueError(
-            f"--dtype: expected bf16 or fp32 weights to train, got fp16 of {name!r}, in which small gradients and moves "
-            "are lost; pass --dtype bf16 or --dtype fp32 (or train --lora, which keeps adapters in fp32)."
+            f"--dtype: expected bf16 or fp32 weights to train, got fp16 of {name!r}, in which small gradients and "
+            "moves are lost; pass --dtype bf16 or --dtype fp32 (or train --lora, which keeps adapters in fp32)."
         )
 
 
@@ -41,8 +41,8 @@ def chat_template(path: str, error: Exception) -> NoReturn:
 
 def lora_on_adapter(name: str) -> NoReturn:
     raise ValueError(
-        f"--lora: expected none, because {name!r} is an adapter's folder and its own adapter is trained on; leave --lora "
-        "out, or pass the base model as --model to begin a new adapter."
+        f"--lora: expected none, because {name!r} is an adapter's folder and its own adapter is trained on; leave "
+        "--lora out, or pass the base model as --model to begin a new adapter."
     )
 
 
@@ -98,26 +98,26 @@ def importance_fits(
         have = f"of shape {tuple(trained[name])} there" if name in trained else "not trained there"
         tried = "adapters are trained" if lora else "all weights are trained"
         raise ValueError(
-            f"--importance: expected importance of the model {model!r}, got that of another one in {file!r}: it has {got}, "
-            f"which is {have} ({tried}); record it on this model."
+            f"--importance: expected importance of the model {model!r}, got that of another one in {file!r}: it has "
+            f"{got}, which is {have} ({tried}); record it on this model."
         )
     if unknown:
         raise ValueError(
-            f"--importance: expected importance of the model {model!r}, got {file!r} with {len(unknown)} entries more than "
-            f"that has: {listed(unknown)}; record it on this model."
+            f"--importance: expected importance of the model {model!r}, got {file!r} with {len(unknown)} entries more "
+            f"than that has: {listed(unknown)}; record it on this model."
         )
     if by_lora and not lora:
         raise ValueError(
-            f"--importance: {file!r} was recorded with LoRA and covers {len(entries)} of the {len(trained)} tensors that "
-            "are trained without it; add --lora with the same targets, or record without --lora (that fits both)."
+            f"--importance: {file!r} was recorded with LoRA and covers {len(entries)} of the {len(trained)} tensors "
+            "that are trained without it; add --lora with the same targets, or record without --lora (that fits both)."
         )
 
 
 def finite_loss(phase: str, step: int, loss: float) -> None:
     if not abs(loss) < float("inf"):
         raise RuntimeError(
-            f"{phase}: expected a finite loss, got {loss} by step {step}; lower --lr, raise --warmup, or look for broken "
-            "rows in the data. Checkpoints of earlier steps are whole."
+            f"{phase}: expected a finite loss, got {loss} by step {step}; lower --lr, raise --warmup, or look for "
+            "broken rows in the data. Checkpoints of earlier steps are whole."
         )
 
 
@@ -139,7 +139,8 @@ def estimator_of_all(method: str, what: str) -> NoReturn:
 def something_recorded(after: float, steps: int) -> None:
     if int(after * steps) >= steps:
         raise ValueError(
-            f"--record-after {after}: expected steps that are recorded, got none of {steps}; lower it, or raise --steps."
+            f"--record-after {after}: expected steps that are recorded, got none of {steps}; lower it, or raise "
+            "--steps."
         )
 
 
@@ -149,7 +150,8 @@ def out_is_model(out: str, model: str) -> NoReturn:
 
 def unfinished(out: str) -> NoReturn:
     raise FileExistsError(
-        f"--out {out}: a run that was not finished began there; go on with it by --resume, or begin anew with --overwrite."
+        f"--out {out}: a run that was not finished began there; go on with it by --resume, or begin anew with "
+        "--overwrite."
     )
 
 
@@ -162,8 +164,8 @@ def foreign_model(out: str) -> NoReturn:
 
 def changed_since(out: str, option: str, what: str) -> NoReturn:
     raise ValueError(
-        f"--resume: expected {option} as it was when the run in {out!r} began, got {what}; bring the old one back, or begin "
-        "anew with --overwrite."
+        f"--resume: expected {option} as it was when the run in {out!r} began, got {what}; bring the old one back, or "
+        "begin anew with --overwrite."
     )
 
 

@@ -23,7 +23,8 @@ BEGUN = "begun.yaml"  # in the work folder: the card of the run while it is not 
 FACTS = "begun.json"  # fingerprints of what it began with
 CONFIGS = ("config.json", "adapter_config.json")  # without them nothing loads a folder as a model
 MODEL_FILES = (
-    *CONFIGS, "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors",
+    *(*CONFIGS, "generation_config.json"),
+    *("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model"),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from ..integrations.watching import unwrapped
 from . import models
 from .callback import AlreadyThere, PhaseCallback, tidy
 from .evaluation import Nll, evaluating, token_losses
-from .progress import Stopped
+from .progress import Progress, Stopped
 from .stopping import Stop
 
 if TYPE_CHECKING:
@@ -48,8 +49,10 @@ class Phase:
         work: folder of its checkpoints.
         metrics: where it logs to.
         stop: whether it is to stop.
+        progress: told how far it is.
         record_after: share of the steps after which recording begins.
-        tick: told of steps.
+        tensorboard: folder of TensorBoard's logs, if such are wanted.
+        tick: tells of steps.
         save_every, eval_every: filled in once the number of steps is known.
     """
 
@@ -66,6 +69,7 @@ class Phase:
     work: Path
     metrics: Metrics
     stop: Stop
+    progress: Progress
     record_after: float = 0.0
     tensorboard: Path | None = None
     tick: Callable[..., None] = field(default=lambda step, note="": None)
@@ -124,13 +128,12 @@ class PhaseTrainer(Trainer):
         _ranks.wait()
         self._before = max((line["time"] for line in phase.metrics.lines(phase.name)), default=0.0)
         self.saved = None if checkpoint is None else at
+        phase.tick = phase.progress.phase(phase.name, self.args.max_steps, max(at, 0))
         if phase.tensorboard is not None and self.is_world_process_zero():
             self.add_callback(_tensorboard(phase, at))
         self._began, self._measuring = time.perf_counter(), 0.0
-        try:
+        with contextlib.suppress(AlreadyThere):
             self.train(resume_from_checkpoint=checkpoint)
-        except AlreadyThere:
-            pass
         if self.stopped:
             raise Stopped(self.state.global_step, None if self.saved is None else phase.work)
 
