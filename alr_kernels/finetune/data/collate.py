@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _validate_data as validate
-
-IGNORED = -100  # a label that is not in the loss, for torch's cross_entropy and transformers
+from .packing import IGNORED
 
 
 class Collator:
@@ -29,9 +28,9 @@ class Collator:
 
     def __init__(self, tokenizer: Any, multiple: int = 8, limit: int | None = None) -> None:
         self.pad = validate.padding(tokenizer)
-        self.multiple, self.limit = validate.lengths(multiple, limit)
-        if limit is None:
-            self.limit = tokenizer.model_max_length  # a very large number where nothing is known
+        validate.lengths(multiple, limit)
+        self.multiple = multiple
+        self.limit = limit or tokenizer.model_max_length  # a very large number where nothing is known
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels``: [rows, longest] int64."""

@@ -56,7 +56,8 @@ class Source:
         >>> Source("notes.txt", option="--general").flag("columns")
         '--general-columns'
         """
-        return f"--{name}" if self.option == "--data" else f"{self.option}-{name}"
+        stem = self.option.removesuffix("held-out-data").rstrip("-")
+        return f"--{name}" if stem in ("", "--data") else f"{stem}-{name}"
 
 
 @dataclass(frozen=True)
