@@ -1,0 +1,175 @@
+"""One run on all its processes: what is begun, resumed and finished together, and what its phases share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from .. import _ranks, _validate_models
+from . import card, models
+from .data import Source, load
+from .metrics import Metrics
+from .options import DataOptions, MeasureOptions, ModelOptions, RunOptions, TokenOptions, TrainOptions
+from .outcome import BEGUN, FACTS, Place, read_json, write_json
+from .progress import Progress
+from .stopping import Stop
+
+if TYPE_CHECKING:
+    from .data import Texts
+    from .models import Loaded
+    from .settings import Settings
+
+
+@dataclass
+class Job:
+    """A run that goes on.
+
+    Attributes:
+        settings, place: what it was asked for, and where its files are.
+        metrics, stop, progress: where it logs to, whether it is to stop, who is told.
+        resumed: whether it goes on from what an interrupted run left.
+        started: when this process began.
+        is_main: whether this is the process that writes files.
+    """
+
+    settings: Settings
+    place: Place
+    metrics: Metrics
+    stop: Stop
+    progress: Progress
+    resumed: bool
+    started: datetime
+    is_main: bool
+
+    @property
+    def model_options(self) -> ModelOptions:
+        """What ``--model`` and its neighbours say."""
+        return self.settings.of(ModelOptions)
+
+    @property
+    def train_options(self) -> TrainOptions:
+        """How long and how fast."""
+        return self.settings.of(TrainOptions)
+
+    def load_model(self, options: ModelOptions | None = None) -> Loaded:
+        """Load the model to train; the one that the run starts from, unless other options are given."""
+        return models.load(options or self.model_options, trainable=True, seed=self.train_options.seed)
+
+    def max_length(self, loaded: Loaded) -> int:
+        """Return how long sequences are, at most."""
+        asked = self.settings.of(TokenOptions).max_length
+        return asked if loaded.longest is None else min(asked, loaded.longest)
+
+    def texts(self, option: str, loaded: Loaded, *, train: bool) -> Texts:
+        """Read and tokenise "data" or "general", and tell what was left out.
+
+        Args:
+            train: False where only held-out rows are wanted.
+        """
+        tokens = self.settings.of(TokenOptions)
+        found = load(
+            _source(self.settings, option), loaded.tokenizer, max_length=self.max_length(loaded),
+            packing=tokens.packing, loss_on=tokens.loss_on, train=train,
+        )  # fmt: skip
+        self.settings.same_data(option, found.facts)
+        self.remember(f"--{option}", found.facts["fingerprint"])
+        for what, text in (("dropped", "without a token to learn from left out"), ("truncated", "cut to --max-length")):
+            if count := found.facts.get(what):
+                self.progress.say(f"--{option}: {count} rows {text}")
+        return found
+
+    def remember(self, option: str, fingerprint: str) -> None:
+        """Note what an unfinished run reads, so that it does not go on with something else."""
+        path = self.place.work / FACTS
+        known = read_json(path) if path.is_file() else {}
+        was = known.get(option, fingerprint)
+        if was != fingerprint:
+            _validate_models.changed_since(str(self.place.out), option, f"content {fingerprint[:16]} for {was[:16]}")
+        _ranks.wait()
+        if self.is_main and option not in known:
+            write_json(path, {**known, option: fingerprint})
+
+    def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what a phase found; a run that goes on does not repeat a phase that is done."""
+        path = self.place.work / f"{name}.json"
+        if _ranks.of_first(path.is_file()):
+            return read_json(path)
+        found = work()
+        if self.is_main:
+            write_json(path, found)
+        _ranks.wait()
+        return found
+
+
+@contextmanager
+def begun(settings: Settings, place: Place, resume: bool, overwrite: bool, progress: Progress) -> Iterator[Job]:
+    """Begin a run, or go on with one, on all processes; signals are heeded within.
+
+    Raises:
+        ValueError, OSError: as :meth:`Place.begin`, and for other options than those of the run that goes on.
+    """
+    from accelerate import PartialState
+
+    device = models.device_of(settings.of(ModelOptions).device)
+    PartialState(cpu=device == "cpu")  # joins the job, if a launcher started one
+    is_main = _ranks.place()[0] == 0
+
+    def prepare() -> bool:
+        resumed = place.begin(settings.of(ModelOptions).model, resume=resume, overwrite=overwrite)
+        if resumed:
+            card.same_run(place.work / BEGUN, settings)
+        else:
+            card.write(place.work / BEGUN, settings)
+        return resumed
+
+    resumed = on_first(prepare)
+    with Stop(progress.say) as stop:
+        metrics = Metrics(place.metrics, is_main)
+        yield Job(settings, place, metrics, stop, progress, resumed, datetime.now(timezone.utc), is_main)
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """Let rank 0 work while the others wait; return its result on all of them, or raise its error on all of them."""
+    result: Any = None
+    error: Exception | None = None
+    if _ranks.place()[0] == 0:
+        try:
+            result = work()
+        except Exception as failure:
+            error = failure
+    told = _ranks.of_first((result, None if error is None else (type(error), str(error))))
+    if error is not None:
+        raise error
+    if told[1] is not None:
+        kind, text = told[1]
+        raise kind(text)
+    return told[0]
+
+
+def _source(settings: Settings, option: str) -> Source:
+    """Return where texts come from; rows are held out alike wherever the same texts stand."""
+    data, seed = settings.of(DataOptions), settings.of(TrainOptions).seed
+    if option == "data":
+        held_out = 0.0 if data.held_out_data is not None else data.held_out
+        return Source(
+            data.data,
+            data.columns,
+            data.split,
+            data.subset,
+            data.max_rows,
+            held_out,
+            data.held_out_data,
+            seed,
+            "--data",
+        )
+    general = settings.of(MeasureOptions)
+    assert general.general is not None
+    held_out = 0.0 if general.general_held_out_data is not None else data.held_out
+    rows = data.max_rows if settings.has(RunOptions) else None
+    return Source(
+        general.general, general.general_columns, general.general_split, general.general_subset, rows, held_out,
+        general.general_held_out_data, seed, "--general",
+    )  # fmt: skip
