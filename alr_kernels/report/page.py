@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ class Chart:
     Args:
         key: of letters, digits, ``-`` and ``_``, unique in the page: the chart's anchor and, with ``.png``, its file.
         title: what the chart is about.
-        note: how to read it, in a sentence or two.
+        note: how to read it, in a sentence or two; what stands between backticks is shown as typed.
         draw: draws into an empty matplotlib figure; called once for each size, so it may look at the figure's width.
             Colours of ``palette`` follow the page between light and dark.
         columns: headings of the table, units included.
@@ -197,6 +198,11 @@ def shown(value: Cell, signed: bool = False) -> str:
     return (f"{value:{sign},.0f}" if whole else f"{value:{sign}.4g}").replace("-", "−")
 
 
+def _prose(text: str) -> str:
+    """Return sentences as HTML; what stands between backticks is typed as it is there."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escaped(text))
+
+
 def _summary(page: Page) -> str:
     tiles = "".join(
         f"<div><dt>{escaped(number.label)}</dt><dd>{_value(number)}"
@@ -205,7 +211,7 @@ def _summary(page: Page) -> str:
         + "</dd></div>"
         for number in page.numbers
     )
-    said = "".join(f"<p>{escaped(paragraph)}</p>" for paragraph in page.summary)
+    said = "".join(f"<p>{_prose(paragraph)}</p>" for paragraph in page.summary)
     tiles = f'<dl class="numbers">{tiles}</dl>' if tiles else ""
     return f'<section id="summary"><h2>Summary</h2>{tiles}{said}</section>'
 
@@ -219,14 +225,14 @@ def _value(number: Number) -> str:
 def _chart(chart: Chart) -> str:
     pictures = "".join(
         f'<div class="{name}">'
-        + svg.inline(chart.draw, f"{chart.key}-{name}", (width, height), chart.title, chart.note)
+        + svg.inline(chart.draw, f"{chart.key}-{name}", (width, height), chart.title, chart.note.replace("`", ""))
         + "</div>"
         for name, width, height in zip(("wide", "narrow"), (WIDE, NARROW), chart.height, strict=True)
     )
     table = _table(chart.title, chart.columns, chart.rows)
     return (
         f'<section class="chart" id="{escaped(chart.key)}"><h2>{escaped(chart.title)}</h2>'
-        f"<p>{escaped(chart.note)}</p><figure>{pictures}</figure>"
+        f"<p>{_prose(chart.note)}</p><figure>{pictures}</figure>"
         f"<details><summary>The numbers as a table</summary>{table}</details></section>"
     )
 
@@ -234,7 +240,7 @@ def _chart(chart: Chart) -> str:
 def _absent(chart: Absent) -> str:
     return (
         f'<section class="absent" id="{escaped(chart.key)}"><h2>{escaped(chart.title)}</h2>'
-        f"<p>{escaped(chart.why)}</p></section>"
+        f"<p>{_prose(chart.why)}</p></section>"
     )
 
 

@@ -28,7 +28,7 @@ COLOURS = (
     Colour("green", "#009e73", "#2bbd92"),
     Colour("purple", "#b8588d", "#cc79a7"),
     Colour("grey", "#767679", "#8f8f96"),
-    Colour("black", "#000000", "#ffffff"),
+    Colour("black", "#08080a", "#ffffff"),  # matplotlib leaves out a fill that is SVG's own default, pure black
     Colour("heat", "#56b4e9", "#0072b3"),  # of heat maps; ink is read on any strength of it
     Colour("page", "#f6f6f8", "#101114"),
     Colour("link", "#00629b", "#7cc4ee"),

@@ -20,12 +20,14 @@ section{background:var(--surface);border:1px solid var(--grid);border-radius:.6r
 margin:0 0 1rem}
 section p{margin:.3rem 0 .6rem;max-width:70ch;overflow-wrap:break-word}
 .absent p{color:var(--muted);margin-bottom:0}
-.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:1rem 1.5rem;margin:.4rem 0 1rem}
-.numbers dt{color:var(--muted);font-size:.875rem}
-.numbers dd{margin:0;line-height:1.3}
+.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:0 1.5rem;margin:.4rem 0 1rem}
+.numbers>div{display:grid;grid-template-rows:subgrid;grid-row:span 2}
+.numbers dt{align-self:end;color:var(--muted);font-size:.875rem}
+.numbers dd{margin:0 0 .8rem;line-height:1.3}
 .numbers data,.numbers b{font-size:1.6rem;font-weight:600;font-variant-numeric:tabular-nums}
-.numbers span{color:var(--muted);font-size:.875rem}
+.numbers span{white-space:nowrap;color:var(--muted);font-size:.875rem}
 .numbers small{display:block;color:var(--muted);font-size:.8125rem}
+code{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:.9em;white-space:nowrap}
 figure{margin:.6rem 0 .4rem}
 svg{display:block;width:100%;height:auto;overflow:visible}
 svg *{stroke-linejoin:round;stroke-linecap:butt}
@@ -48,7 +50,7 @@ main{padding:1rem .6rem 2rem}
 section{padding:.9rem .8rem}
 .wide{display:none}
 .narrow{display:block}
-.numbers{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.8rem 1rem}
+.numbers{grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:0 1rem}
 }
 @media print{
 body{background:none;font-size:.85rem}
