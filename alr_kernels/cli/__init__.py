@@ -11,6 +11,7 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .plan import plan
+from .report import report
 
 app = typer.Typer(
     name="alr-kernels",
@@ -39,3 +40,4 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
 app.command()(plan)
+app.command()(report)

@@ -27,11 +27,14 @@ def learning(key: str, title: str, note: str, shown: Sequence[tuple[str, str, Se
     """
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = drawing.panels(figure, len(shown), sharex=True)
         for place, (heading, _, series) in zip(axes, shown, strict=True):
             drawing.lines(place, series)
             place.set_title(heading)
             place.set_xlabel("optimizer step")
+            place.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             place.set_ylabel(unit)
         for place in axes[:-1] if drawing.is_narrow(figure) else ():
             place.set_xlabel("")

@@ -62,11 +62,12 @@ def lines(axes: Any, series: Sequence[Series]) -> None:
         )
 
 
-def legend(figure: Figure, axes: Any, columns: int = 4) -> None:
+def legend(figure: Figure, axes: Any) -> None:
     """Put the entries of some axes above all panels, where no line can run through them."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) > 1:
-        columns = min(len(labels), 2 if is_narrow(figure) else columns)
+        room = figure.get_figwidth() / (0.6 + 0.07 * max(map(len, labels)))  # inches: of the mark, and of a letter
+        columns = max(1, min(len(labels), int(room)))
         figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderaxespad=0.2)
 
 
