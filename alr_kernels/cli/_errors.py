@@ -162,5 +162,5 @@ def _prefix(verb: str) -> str:
     """Return what begins every message; of a job of many processes, which of them speaks."""
     from .. import _environment
 
-    rank = _environment.launched_rank()
+    rank = _environment.launched()[0]
     return f"alr-kernels {verb}: " if rank == 0 else f"[rank {rank}] alr-kernels {verb}: "

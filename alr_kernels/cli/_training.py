@@ -23,7 +23,7 @@ def train(call: Call) -> None:
     """Run a verb as it was called, on this process of a job, and print what came out."""
     from .. import _environment
 
-    main = _environment.launched_rank() == 0
+    main = _environment.launched()[0] == 0
     with clean(call.verb, call.debug), _output.quiet(call.verb, main, call.debug):
         from ..finetune.settings import resolve
 
@@ -53,7 +53,9 @@ def need(settings: Settings) -> None:
     from ..finetune.options import ModelOptions, TrainOptions
 
     model = settings.of(ModelOptions)
-    wanted = [("train", settings.verb, ("transformers", "datasets", "accelerate", "yaml"))]
+    wanted: list[tuple[str, str, tuple[str, ...]]] = [
+        ("train", settings.verb, ("transformers", "datasets", "accelerate", "yaml"))
+    ]
     if settings.in_lora_space:
         wanted.append(("peft", "LoRA", ("peft",)))
     if model.quantize != "none":
