@@ -188,11 +188,13 @@ class PhaseTrainer(Trainer):
         elapsed = time.perf_counter() - begin
         self._measuring += elapsed
         if len(found) < len(self._measured):
+            self.control.should_save = self.control.should_training_stop = True
             return {}
         self.write(step, {"evaluation": {k: v.as_dict() for k, v in found.items()}, "seconds": round(elapsed, 3)})
         self.phase.tick(step, ", ".join(f"{name} {value.nll:.4f}" for name, value in found.items()))
         metrics = {f"{metric_key_prefix}_{name}_nll": value.nll for name, value in found.items()}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _nll(self, rows: Dataset) -> Nll | None:
