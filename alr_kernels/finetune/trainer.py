@@ -229,8 +229,12 @@ class PhaseTrainer(Trainer):
 
     def save_whole(self, folder: Path) -> None:
         """Save the model as ``from_pretrained`` reads it; sharded weights are gathered on rank 0. For all processes."""
-        wrapped = self.is_fsdp_enabled
-        state = self.accelerator.get_state_dict(self.model) if wrapped else None
+        state = None
+        if self.is_fsdp_enabled:
+            tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied -= {name for name, _ in self.model.named_parameters()}  # once gathered they are two tensors
+            gathered = self.accelerator.get_state_dict(self.model)
+            state = {name: tensor for name, tensor in gathered.items() if name not in tied}
         if self.is_world_process_zero():
             models.save(self.phase.loaded, folder, state)
         _ranks.wait()
