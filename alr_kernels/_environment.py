@@ -10,12 +10,21 @@ from typing import Any
 
 from ._version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pybind11", "ninja", "accelerate", "peft")
+PACKAGES = (
+    *("torch", "triton", "transformers", "safetensors", "numpy", "pybind11", "ninja", "accelerate", "peft"),
+    *("datasets", "tokenizers", "bitsandbytes"),
+)
 
 
 def triton_interpreted() -> bool:
     """Whether Triton kernels run in its interpreter (the variable must be set before triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def launched_rank() -> int:
+    """Return the rank that torchrun or accelerate gave this process, before it has joined the job; 0 without them."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 @cache

@@ -194,6 +194,8 @@ def yaml_twice(said: str) -> NoReturn:
 
 
 def card_version(path: Path, version: Any) -> NoReturn:
+    if version is None:
+        raise ValueError(f"{path} is no run card: it has no alr_kernels_card.")
     raise ValueError(f"--config: {path}: it is a run card of version {version!r}, this package reads 1; update it.")
 
 
@@ -205,7 +207,7 @@ def card_of_another_verb(path: Path, its: Any, verb: str) -> NoReturn:
 
 
 def card_unfinished(path: Path, key: str) -> NoReturn:
-    raise ValueError(f"--config: {path}: a run card needs {key!r}, which it has not; was it cut off or edited?")
+    raise ValueError(f"--config: {path}: a run card needs {key!r}, which this one has not; was it edited?")
 
 
 def changed_data(option: str, source: str, was: str, now: str, card: str) -> NoReturn:

@@ -12,6 +12,7 @@ from .demo import demo
 from .doctor import doctor
 from .plan import plan
 from .record import record
+from .report import report
 from .run import run
 from .tune import tune
 
@@ -48,6 +49,7 @@ PANELS = {
         tune,
         run,
     ),
+    "Look closer": (report,),
     "This machine": (
         plan,
         demo,

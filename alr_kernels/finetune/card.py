@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _environment, _validate_finetune
+from . import config_file
 from .config_file import CARD, CARD_VERSION, yaml
 from .options import fields_of
 
@@ -73,6 +74,15 @@ def write(
     return path
 
 
+def read(path: Path | str) -> dict[str, Any]:
+    """Return all of a card.
+
+    Raises:
+        OSError: it cannot be read. ValueError, TypeError: it is no YAML, or no card of this version.
+    """
+    return config_file.read_card(Path(path))
+
+
 def portable(settings: Settings) -> dict[str, Any]:
     """Return all options by name, with paths of what is there, and of what is written, made absolute."""
     options = settings.as_dict()
@@ -89,7 +99,6 @@ def same_run(path: Path | str, settings: Settings) -> None:
     Raises:
         ValueError: which differ, and what they were.
     """
-    from . import config_file
     from .settings import flag
 
     then = config_file.read(settings.verb, path).options

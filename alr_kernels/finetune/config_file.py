@@ -46,14 +46,25 @@ def read(verb: str, path: Path | str) -> ConfigFile:
     values = _mapping(path, top)
     if CARD not in values:
         return ConfigFile(path, *_options(verb, path, top))
-    if values[CARD] != CARD_VERSION:
-        _validate_finetune.card_version(path, values[CARD])
+    _this_version(path, values)
     if values.get("verb") != verb:
         _validate_finetune.card_of_another_verb(path, values.get("verb"), verb)
     inner = next((node for key, node in top.value if key.value == "options"), None)
     if inner is None or not isinstance(values["options"], dict):
         _validate_finetune.card_unfinished(path, "options")
     return ConfigFile(path, *_options(verb, path, inner), values)
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Return all of a card, whatever its verb."""
+    values = _mapping(path, _parsed(path))
+    _this_version(path, values)
+    return values
+
+
+def _this_version(path: Path, values: Mapping[str, Any]) -> None:
+    if values.get(CARD) != CARD_VERSION:
+        _validate_finetune.card_version(path, values.get(CARD))
 
 
 def yaml() -> Any:

@@ -60,7 +60,7 @@ class ModelOptions:
     lora: str | None = option(
         None,
         "Train LoRA adapters instead of all weights: 'default' is r=8,alpha=16; otherwise such as "
-        "r=8,alpha=32,targets=q_proj+v_proj, and dropout=0.05, rslora=true. Left out, alpha is 2r and targets are PEFT's.",
+        "r=8,alpha=32,targets=q_proj+v_proj, and dropout=0.05, rslora=true. Left out, alpha is 2r, targets PEFT's.",
         form="SPEC", first=6,
     )  # fmt: skip
     attention: str | None = option(None, "Attention implementation of transformers, such as sdpa or eager.", rare=True)
@@ -78,7 +78,7 @@ class DataOptions:
         form="DATA", first=2, path=True,
     )  # fmt: skip
     columns: str | None = option(
-        None, "Which columns hold what, where names do not tell: text=body, or messages=turns, or prompt=q,completion=a.",
+        None, "Which columns hold what, if names do not tell: text=body, or messages=turns, or prompt=q,completion=a.",
         form="PAIRS",
     )  # fmt: skip
     split: str = option("train", "Split of a hub data set.", rare=True)
@@ -155,7 +155,7 @@ class RecordOptions:
     """How importance is made."""
 
     method: str = option(
-        "path-integral", "path-integral trains on the data and integrates; the others take one pass with the weights at rest.",
+        "path-integral", "path-integral trains on the data and integrates; the others read it, weights at rest.",
         choices=("path-integral", "fisher", "mas", "magnitude-gradient"),
     )  # fmt: skip
     xi: float = option(0.01, "ξ, which weighs how far a weight moved: Ω = ω / (Δθ² + ξ).", rare=True)
