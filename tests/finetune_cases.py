@@ -86,11 +86,16 @@ def texts(folder, rows=24):
 SHORT = {"steps": 6, "batch": 4, "max_length": 32, "save_every": 2, "eval_every": 3, "log_every": 1, "held_out": 0.2}
 
 
-def settings(verb, **options):
-    """Return settings of a short run on the CPU."""
+def resolve(verb, flags):
     from alr_kernels.finetune.settings import resolve
 
-    return resolve(verb, {"device": "cpu", "lr": 3e-3, **SHORT, **options})
+    return resolve(verb, flags)
+
+
+def settings(verb, **options):
+    """Return settings of a short run on the CPU; None takes an option of it away."""
+    given = {"device": "cpu", "lr": 3e-3, **SHORT, **options}
+    return resolve(verb, {name: value for name, value in given.items() if value is not None})
 
 
 def bytes_of(folder):

@@ -17,6 +17,12 @@ from .outcome import BEGUN, FACTS, Place, read_json, write_json
 from .progress import Progress
 from .stopping import Stop
 
+LEFT_OUT = {
+    "dropped": "left out, without a token to learn from",
+    "truncated": "cut to the length of a sequence (--max-length)",
+    "overlap": "not trained on, because they are measured on",
+}
+
 if TYPE_CHECKING:
     from .data import Texts
     from .models import Loaded
@@ -76,7 +82,7 @@ class Job:
         )  # fmt: skip
         self.settings.same_data(option, found.facts)
         self.remember(f"--{option}", found.facts["fingerprint"])
-        for what, text in (("dropped", "without a token to learn from left out"), ("truncated", "cut to --max-length")):
+        for what, text in LEFT_OUT.items():
             if count := found.facts.get(what):
                 self.progress.say(f"--{option}: {count} rows {text}")
         return found
@@ -112,7 +118,10 @@ def begun(settings: Settings, place: Place, resume: bool, overwrite: bool, progr
         ValueError, OSError: as :meth:`Place.begin`, and for other options than those of the run that goes on.
     """
     from accelerate import PartialState
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of loading and saving: they would be between our own lines
+    logging.set_verbosity_error()  # it warns of tied weights at every checkpoint that is loaded
     device = models.device_of(settings.of(ModelOptions).device)
     PartialState(cpu=device == "cpu")  # joins the job, if a launcher started one
     is_main = _ranks.place()[0] == 0

@@ -16,6 +16,7 @@ import torch
 from .. import _ranks, _validate_models
 from ..importance import Importance
 from . import card, results
+from .config_file import yaml
 from .cost import bytes_by_kind, peak_memory
 from .data import Collator
 from .estimating import estimate
@@ -317,7 +318,7 @@ def _finished(place: Place, progress: Progress, keep_checkpoints: bool) -> dict[
 
 def _of_card(place: Place) -> dict[str, Any]:
     """Return the results of a recording as far as its card holds them."""
-    said = card.read(place.card)
+    said = yaml().safe_load(place.card.read_text("utf-8"))
     found = {key: said.get(key) for key in ("verb", "versions", "machine", "options", "seconds", "model", "importance")}
     data = said.get("data") or {}
     metrics = said.get("metrics") or {}

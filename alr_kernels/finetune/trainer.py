@@ -188,11 +188,13 @@ class PhaseTrainer(Trainer):
         elapsed = time.perf_counter() - begin
         self._measuring += elapsed
         if len(found) < len(self._measured):
+            self.control.should_save = self.control.should_training_stop = True
             return {}
         self.write(step, {"evaluation": {k: v.as_dict() for k, v in found.items()}, "seconds": round(elapsed, 3)})
         self.phase.tick(step, ", ".join(f"{name} {value.nll:.4f}" for name, value in found.items()))
         metrics = {f"{metric_key_prefix}_{name}_nll": value.nll for name, value in found.items()}
         self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _nll(self, rows: Dataset) -> Nll | None:
@@ -227,8 +229,12 @@ class PhaseTrainer(Trainer):
 
     def save_whole(self, folder: Path) -> None:
         """Save the model as ``from_pretrained`` reads it; sharded weights are gathered on rank 0. For all processes."""
-        wrapped = self.is_fsdp_enabled
-        state = self.accelerator.get_state_dict(self.model) if wrapped else None
+        state = None
+        if self.is_fsdp_enabled:
+            tied = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+            tied -= {name for name, _ in self.model.named_parameters()}  # once gathered they are two tensors
+            gathered = self.accelerator.get_state_dict(self.model)
+            state = {name: tensor for name, tensor in gathered.items() if name not in tied}
         if self.is_world_process_zero():
             models.save(self.phase.loaded, folder, state)
         _ranks.wait()
