@@ -14,15 +14,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from alr_kernels.finetune.data import Source, load
+from alr_kernels.finetune.data.packing import IGNORED
 
 TOPICS = list(pydoc_data.topics.topics.values())
+TEXTS = [{"text": text} for text in TOPICS[10:40]]
+PAIRS = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(40)]
+NONE_HELD = {"held_out": 0.0}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PLAIN = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
 )
 FORGETFUL = (  # what the assistant thought is written for its last turn only, as some reasoning models' templates do
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>"
@@ -86,6 +90,17 @@ def loaded(
 def numbered(rows: int, **more: Any) -> list[dict[str, Any]]:
     """Return that many distinct rows of text."""
     return [{"text": f"text number {i}", **more} for i in range(rows)]
+
+
+def said(tokens: Any, sequence: dict[str, list[int]]) -> tuple[str, str]:
+    """Return the text of a sequence, and that of what is in the loss."""
+    learnt = [label for label in sequence["labels"] if label != IGNORED]
+    return tokens.decode(sequence["input_ids"]), tokens.decode(learnt)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Return whether two data sets hold the same."""
+    return one.to_dict() == other.to_dict()
 
 
 def chat(*said: str) -> dict[str, Any]:
