@@ -1,23 +1,23 @@
 """Checks on what users hand the optimizer, and their messages: expected, got, for which parameter, what to do.
 
-``_validate_importance.py`` has those of importance and its files, ``_validate_estimators.py`` those of estimators.
+``_validate_values.py`` has those of single values, ``_validate_importance.py`` those of importance and its files,
+``_validate_estimators.py`` those of estimators.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from ._validate_values import choice, count, listed, number, seed
 from .codecs.reference import BLOCK
 from .names import unwrap
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["choice", "count", "listed", "number", "seed"]  # those of single values, for whoever imports this module
 
 UNSUPPORTED_FLAGS = {
     "amsgrad": "AMSGrad is not implemented; leave it out",
@@ -27,37 +27,6 @@ UNSUPPORTED_FLAGS = {
 }
 FLOAT32_MAX = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """Return at most ``limit`` names and how many more there are."""
-    ordered = sorted(names)
-    tail = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(repr(name) for name in ordered[:limit]) + tail
-
-
-def choice(option: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def number(
-    option: str, value: Any, *, low: float = 0.0, high: float = math.inf, open_low: bool = False, closed: bool = False
-) -> float:
-    """Return ``value`` as float when it lies in [low, high); ``open_low``: without low, ``closed``: with high."""
-    try:
-        result = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{option}: expected a number, got {type(value).__name__} {value!r}") from None
-    if not (low <= result < high or (closed and result == high)) or (open_low and result == low):
-        interval = f"{'(' if open_low else '['}{low}, {high}{']' if closed else ')'}"
-        raise ValueError(f"{option}: expected a number in {interval}, got {value!r}")
-    return result
-
-
-def count(option: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{option}: expected an integer ≥ 1, got {value!r}")
 
 
 def storage_format(option: str, value: object, name: object, allowed: Sequence[str]) -> None:
@@ -79,12 +48,6 @@ def master(params: Iterable[Tensor]) -> None:
             f"master: it has no effect, because no parameter is bfloat16 (got {listed(map(str, dtypes))}); "
             "convert the model with .bfloat16() or leave it out."
         )
-
-
-def seed(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**32:
-        raise ValueError(f"seed: expected an integer in [0, 2^32), got {value!r}")
-    return value
 
 
 def capturable(name: str, param: Tensor) -> None:

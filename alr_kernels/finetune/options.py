@@ -11,13 +11,30 @@ from typing import Any
 
 
 def option(
-    default: Any = MISSING, help: str = "", *, names: tuple[str, ...] = (), choices: tuple[str, ...] = ()
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    names: tuple[str, ...] = (),
+    choices: tuple[str, ...] = (),
+    form: str = "",
+    first: int = 0,
+    rare: bool = False,
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field with what the command line says of it.
 
-    ``names``: flags other than the field's own; ``choices``: of a string.
+    Args:
+        default: left out: it has to be given, as a flag or in the configuration.
+        help: one sentence or two; what "auto" or None means stands in parentheses.
+        names: flags other than the field's own.
+        choices: of a string.
+        form: what stands for the value in the help.
+        first: its place among the options that come first in the help, from 1; 0: in its part's own panel.
+        rare: shown under "Advanced".
+        path: of a file or folder, where one is there of that name; a card keeps it absolute.
     """
-    return field(default=default, metadata={"help": help, "names": names, "choices": choices})
+    facts = {"help": help, "names": names, "choices": choices, "form": form, "first": first, "rare": rare, "path": path}
+    return field(default=default, metadata=facts)
 
 
 @dataclass(frozen=True)
@@ -25,20 +42,27 @@ class ModelOptions:
     """Which model, in which precision, and what of it is trained."""
 
     model: str = option(
-        help="Model to start from: a folder, or an id on the Hugging Face hub. An adapter's folder works."
+        help="Model to start from: a folder, or an id on the Hugging Face hub. An adapter's folder works.",
+        form="MODEL", first=1, path=True,
+    )  # fmt: skip
+    tokenizer: str | None = option(
+        None, "Folder or hub id of another tokenizer than the model's.", rare=True, path=True
     )
-    tokenizer: str | None = option(None, "Folder or hub id of another tokenizer than the model's.")
-    chat_template: str | None = option(None, "File with a chat template, for a tokenizer that has none.")
+    chat_template: str | None = option(
+        None, "File with a chat template, for a tokenizer that has none.", form="FILE", rare=True, path=True
+    )
     dtype: str = option("auto", "Of the weights; auto: as they are saved.", choices=("auto", "fp32", "bf16", "fp16"))
     quantize: str = option(
         "none", "Keep the base model in 8 or 4 bits (bitsandbytes); needs --lora.", choices=("none", "int8", "nf4")
     )
     lora: str | None = option(
         None,
-        "Train LoRA adapters instead of all weights: r=8,alpha=32,targets=q_proj+v_proj; 'default' for r=8,alpha=16.",
-    )
-    attention: str | None = option(None, "Attention implementation of transformers, such as sdpa or eager.")
-    trust_remote_code: bool = option(False, "Run code that comes with a model from the hub.")
+        "Train LoRA adapters instead of all weights: 'default' (r=8,alpha=16), or such as "
+        "r=8,alpha=32,targets=q_proj+v_proj,dropout=0.05,rslora=true. (default of alpha: 2r, of targets: PEFT's)",
+        form="SPEC", first=6,
+    )  # fmt: skip
+    attention: str | None = option(None, "Attention implementation of transformers, such as sdpa or eager.", rare=True)
+    trust_remote_code: bool = option(False, "Run code that comes with a model from the hub.", rare=True)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
     device: str = option("auto", "auto takes a GPU where there is one.", choices=("auto", "cpu", "cuda"))
 
@@ -48,17 +72,18 @@ class DataOptions:
     """What is learnt."""
 
     data: str = option(
-        help="Text to train on: a .txt, .md, .jsonl, .csv or .parquet file, a folder of such, or a hub data set's id."
-    )
+        help="Text to train on: a .txt, .md, .jsonl, .csv or .parquet file, a folder of such, or a hub data set's id.",
+        form="DATA", first=2, path=True,
+    )  # fmt: skip
     columns: str | None = option(
         None, "Which columns hold what, where names do not tell: text=body, or prompt=question,completion=answer, "
-        "or messages=turns."
+        "or messages=turns.", form="ROLE=COLUMN"
     )  # fmt: skip
-    split: str = option("train", "Split of a hub data set.")
-    subset: str | None = option(None, "Configuration of a hub data set.")
+    split: str = option("train", "Split of a hub data set.", rare=True)
+    subset: str | None = option(None, "Configuration of a hub data set.", rare=True)
     max_rows: int | None = option(None, "Use only so many rows, drawn by the seed.")
     held_out: float = option(0.05, "Share of the rows that is held out to measure on, drawn by the seed.")
-    held_out_data: str | None = option(None, "File, folder or id to measure on instead; --held-out is then 0.")
+    held_out_data: str | None = option(None, "File, folder or id to measure on instead of held-out rows.", path=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,7 @@ class TrainOptions:
     """How long and how fast."""
 
     steps: int | None = option(None, "Optimizer steps; instead of --epochs.")
-    epochs: float = option(1.0, "Passes over the data.")
+    epochs: float = option(1.0, "Passes over the data; a part of one works.")
     batch: int = option(8, "Sequences in a step on each device.")
     accumulate: int = option(1, "Batches that make one optimizer step.")
     lr: float | None = option(None, "Learning rate. (default: 2e-5, LoRA 2e-4)")
@@ -91,29 +116,32 @@ class TrainOptions:
         0, "Fixes data order, held-out rows, adapters and rounding: the same run twice, bit for bit on a CPU."
     )
     save_every: int | None = option(None, "Steps between checkpoints. (default: a tenth of the run)")
-    keep: int = option(2, "Checkpoints that stay.")
+    keep: int = option(2, "Checkpoints that stay while the run goes on.", rare=True)
     eval_every: int | None = option(None, "Steps between measurements. (default: a tenth of the run)")
-    eval_batch: int | None = option(None, "Sequences in a batch while measuring. (default: --batch)")
-    log_every: int = option(10, "Steps between entries of the log.")
-    workers: int = option(0, "Processes that load data.")
-    tensorboard: bool = option(False, "Write TensorBoard logs, too.")
+    eval_batch: int | None = option(None, "Sequences in a batch while measuring. (default: --batch)", rare=True)
+    log_every: int = option(10, "Steps between entries of the log.", rare=True)
+    workers: int = option(0, "Processes that load data, besides the main one.", rare=True)
+    tensorboard: bool = option(False, "Write TensorBoard logs, too.", rare=True)
 
 
 @dataclass(frozen=True)
 class OptimizerOptions:
     """AlrAdamW's own, in every phase."""
 
-    betas: str = option("0.9,0.999", "Of AdamW.")
-    eps: float = option(1e-8, "Of AdamW.")
+    betas: str = option("0.9,0.999", "Decay of AdamW's two moments.", rare=True)
+    eps: float = option(1e-8, "Of AdamW's denominator.", rare=True)
     weight_decay: float = option(0.0, "Of matrices; biases and norms never decay.")
     max_grad_norm: float | None = option(
-        1.0, "Clip the task gradient inside the step; 0: no clipping. Recording sees all of it."
+        1.0, "Clip the task gradient's norm inside the step; 0: no clipping. Recording sees all of it."
     )
     state_dtype: str = option("fp32", "Of the moments.", choices=("fp32", "bf16", "int8"))
-    master: str = option("auto", "Of bf16 weights; auto: split.", choices=("auto", "none", "split", "stochastic"))
-    precise: bool = option(True, "IEEE division and square root.")
-    stats: bool = option(True, "Log stiffness and drift of every layer.")
-    backend: str = option("auto", "What serves the step.", choices=("auto", "native", "triton", "reference"))
+    master: str = option(
+        "auto", "What makes steps on bf16 weights exact; auto: split.",
+        choices=("auto", "none", "split", "stochastic"), rare=True,
+    )  # fmt: skip
+    precise: bool = option(True, "IEEE division and square root.", rare=True)
+    stats: bool = option(True, "Log stiffness and drift of every layer.", rare=True)
+    backend: str = option("auto", "What serves the step.", choices=("auto", "native", "triton", "reference"), rare=True)
 
 
 @dataclass(frozen=True)
@@ -124,10 +152,10 @@ class RecordOptions:
         "path-integral", "path-integral trains on the data and integrates; the others take one pass, weights at rest.",
         choices=("path-integral", "fisher", "mas", "magnitude-gradient"),
     )  # fmt: skip
-    xi: float = option(0.01, "ξ of the denominator.")
-    relative: bool = option(True, "ξ in units of each tensor's mean squared move.")
+    xi: float = option(0.01, "ξ, which weighs how far a weight moved: Ω = ω / (Δθ² + ξ).", rare=True)
+    relative: bool = option(True, "ξ in units of each tensor's mean squared move.", rare=True)
     importance_dtype: str = option("fp32", "How importance is kept.", choices=("fp32", "bf16", "int8", "int4", "rank1"))
-    record_after: float = option(0.0, "Share of the steps after which recording begins.")
+    record_after: float = option(0.0, "Share of the steps after which recording begins.", rare=True)
 
 
 @dataclass(frozen=True)
@@ -135,18 +163,21 @@ class PullOptions:
     """How hard what mattered is held."""
 
     reg_lambda: float | None = option(
-        None, "λ ≥ 0: more forgets less and learns less; 0 is AdamW. (default: 0.1, LoRA 0.002)", names=("--lambda",)
-    )
+        None, "λ ≥ 0: more forgets less and learns less; 0 is AdamW. (default: 0.1, LoRA 0.002)",
+        names=("--lambda",), first=7,
+    )  # fmt: skip
     coeffs: str = option("softmax", "How layers are weighed.", choices=("softmax", "proportional", "uniform"))
     temperature: str = option("auto", "T of the softmax: auto, or a number in units of the norm.")
     layers_by: str | None = option(None, "What a layer is. (default: block, LoRA module)", choices=("block", "module"))
-    rebalance_every: int | None = option(None, "Re-balance the layers every so many steps (DynamicCoeffs).")
+    rebalance_every: int | None = option(None, "Re-balance the layers every so many steps (DynamicCoeffs).", rare=True)
     mode: str = option("proximal", "How the penalty acts.", choices=("proximal", "coupled"))
-    normalize: bool = option(True, "Divide importance by its mean, so that λ carries over.")
+    normalize: bool = option(True, "Divide importance by its mean, so that λ carries over.", rare=True)
     tune_importance_dtype: str | None = option(
         None, "How importance is kept while tuning. (default: as in the file)", choices=("fp32", "bf16", "int8", "int4")
     )
-    anchor_dtype: str | None = option(None, "Of the anchors. (default: as the weights)", choices=("fp32", "bf16"))
+    anchor_dtype: str | None = option(
+        None, "Of the anchors. (default: as the weights)", choices=("fp32", "bf16"), rare=True
+    )
 
 
 @dataclass(frozen=True)
@@ -154,12 +185,13 @@ class MeasureOptions:
     """What is known already: measured before, during and after tuning."""
 
     general: str | None = option(
-        None, "Text that the model should not forget: measured on its held-out rows, never trained on."
-    )
-    general_columns: str | None = option(None, "As --columns, of --general.")
-    general_split: str = option("train", "As --split, of --general.")
-    general_subset: str | None = option(None, "As --subset, of --general.")
-    general_held_out_data: str | None = option(None, "As --held-out-data, of --general.")
+        None, "Text that the model should not forget, as --data: measured on its held-out rows (run records on the "
+        "others).", form="DATA", first=5, path=True,
+    )  # fmt: skip
+    general_columns: str | None = option(None, "As --columns, of --general.", rare=True)
+    general_split: str = option("train", "As --split, of --general.", rare=True)
+    general_subset: str | None = option(None, "As --subset, of --general.", rare=True)
+    general_held_out_data: str | None = option(None, "As --held-out-data, of --general.", rare=True, path=True)
 
 
 @dataclass(frozen=True)
@@ -176,18 +208,72 @@ class RunOptions:
     baseline: bool = option(False, "Tune once more without the pull, to see what it saves.")
 
 
-PARTS = {
-    "record": (ModelOptions, DataOptions, TokenOptions, TrainOptions, OptimizerOptions, RecordOptions),
-    "tune": (ModelOptions, DataOptions, MeasureOptions, TokenOptions, TrainOptions, OptimizerOptions, PullOptions),
+KEEP_CHECKPOINTS = "Keep the checkpoints once the run is done."
+
+
+@dataclass(frozen=True)
+class RecordFiles:
+    """What record writes."""
+
+    out: str = option(help="File of the importance, .safetensors.", form="FILE", first=4, path=True)
+    save_model: str | None = option(
+        None, "Keep the model that recording trained in this folder, to tune from it.", form="DIR", path=True
+    )
+    keep_checkpoints: bool = option(False, KEEP_CHECKPOINTS, rare=True)
+
+
+@dataclass(frozen=True)
+class TuneFiles:
+    """What tune reads besides model and data, and writes."""
+
+    out: str = option(help="Folder of the tuned model or adapter.", form="DIR", first=4, path=True)
+    importance: str | None = option(
+        None, "Importance of the model's weights, from record. Left out only with --lambda 0.", form="FILE", first=3,
+        path=True,
+    )  # fmt: skip
+    report: str | None = option(None, "Write a page with pictures of the run into this folder.", form="DIR", path=True)
+    keep_checkpoints: bool = option(False, KEEP_CHECKPOINTS, rare=True)
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What run writes."""
+
+    out: str = option(help="Folder of importance, tuned model, results and report.", form="DIR", first=4, path=True)
+    keep_checkpoints: bool = option(False, KEEP_CHECKPOINTS, rare=True)
+
+
+PARTS: dict[str, tuple[type[Any], ...]] = {
+    "record": (RecordFiles, ModelOptions, DataOptions, TokenOptions, TrainOptions, OptimizerOptions, RecordOptions),
+    "tune": (
+        *(TuneFiles, ModelOptions, DataOptions, MeasureOptions, TokenOptions, TrainOptions, OptimizerOptions),
+        PullOptions,
+    ),
     "run": (
-        *(ModelOptions, DataOptions, MeasureOptions, TokenOptions, RunOptions, TrainOptions, OptimizerOptions),
-        *(RecordOptions, PullOptions),
+        *(RunFiles, ModelOptions, DataOptions, MeasureOptions, TokenOptions, RunOptions, TrainOptions),
+        *(OptimizerOptions, RecordOptions, PullOptions),
     ),
 }  # verb → its parts, in the order of its help
+PANELS: dict[type[Any], str] = {
+    ModelOptions: "Model",
+    DataOptions: "Data",
+    MeasureOptions: "Data",
+    TokenOptions: "Data",
+    TrainOptions: "Training",
+    RunOptions: "Training",
+    OptimizerOptions: "Optimizer",
+    RecordOptions: "Importance",
+    PullOptions: "Pull",
+    **dict.fromkeys((RecordFiles, TuneFiles, RunFiles), "Files"),
+}  # part → heading in the help
 
 
-def fields_of(verb: str) -> Iterator[tuple[type, Field[Any]]]:
-    """Yield (part, field) of all options of a verb."""
+def fields_of(verb: str) -> Iterator[tuple[type[Any], Field[Any]]]:
+    """Yield (part, field) of all options of a verb.
+
+    >>> [field.name for part, field in fields_of("record") if part is RecordFiles]
+    ['out', 'save_model', 'keep_checkpoints']
+    """
     for part in PARTS[verb]:
         for entry in fields(part):
             yield part, entry
