@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ._validate import listed
@@ -90,4 +91,12 @@ def short_choice(where: str, choice: str, tokens: int, max_length: int) -> None:
         raise ValueError(
             f"{where}: choice {choice[:40]!r} has {tokens} tokens; expected fewer than max_length={max_length}, "
             "for a part of it would be compared with others; raise it if the model takes more, or leave the row out."
+        )
+
+
+def file_there(flag: str, path: Any) -> None:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{flag}: expected a .jsonl, .json, .csv, .tsv or .parquet file with questions, and there is none at "
+            f"{str(path)!r}."
         )
