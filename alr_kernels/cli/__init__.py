@@ -11,6 +11,9 @@ from .bench import bench
 from .demo import demo
 from .doctor import doctor
 from .plan import plan
+from .record import record
+from .run import run
+from .tune import tune
 
 app = typer.Typer(
     name="alr-kernels",
@@ -32,10 +35,26 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Fine-tune a language model on a domain without forgetting what it knew."""
+    """Fine-tune a language model on a domain without forgetting what it knew.
+
+    Start with `alr-kernels run --help`, which does all of it, or with record and then tune.
+    """
 
 
-app.command()(doctor)
-app.command()(demo)
-app.command()(bench)
-app.command()(plan)
+# In the order of use.
+PANELS = {
+    "Tune a model": (
+        record,
+        tune,
+        run,
+    ),
+    "This machine": (
+        plan,
+        demo,
+        bench,
+        doctor,
+    ),
+}
+for _panel, _verbs in PANELS.items():
+    for _verb in _verbs:
+        app.command(rich_help_panel=_panel)(_verb)

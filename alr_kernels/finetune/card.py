@@ -1,4 +1,4 @@
-"""The run card: what was run, on what, with which result, as YAML; handed back as a configuration it repeats the run."""
+"""The run card: what was run, on what, with which result, as YAML; as a configuration it repeats the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from .. import _environment, _validate_finetune
@@ -133,22 +132,13 @@ def plain(value: Any) -> Any:
 def _replace(path: Path, text: str) -> None:
     """Write a file under another name and move it to its own, once it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            file.close()
-            os.chmod(file.name, 0o666 & ~_mask())
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
-
-
-def _mask() -> int:
-    """Return the process's mask of permissions, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

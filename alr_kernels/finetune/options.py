@@ -51,20 +51,22 @@ class ModelOptions:
     chat_template: str | None = option(
         None, "File with a chat template, for a tokenizer that has none.", form="FILE", rare=True, path=True
     )
-    dtype: str = option("auto", "Of the weights; auto: as they are saved.", choices=("auto", "fp32", "bf16", "fp16"))
+    dtype: str = option(
+        "auto", "Precision of the weights; auto: as they are saved.", choices=("auto", "fp32", "bf16", "fp16")
+    )
     quantize: str = option(
         "none", "Keep the base model in 8 or 4 bits (bitsandbytes); needs --lora.", choices=("none", "int8", "nf4")
     )
     lora: str | None = option(
         None,
-        "Train LoRA adapters instead of all weights: 'default' (r=8,alpha=16), or such as "
-        "r=8,alpha=32,targets=q_proj+v_proj,dropout=0.05,rslora=true. (default of alpha: 2r, of targets: PEFT's)",
+        "Train LoRA adapters instead of all weights: 'default' is r=8,alpha=16; otherwise such as "
+        "r=8,alpha=32,targets=q_proj+v_proj, and dropout=0.05, rslora=true. Left out, alpha is 2r and targets are PEFT's.",
         form="SPEC", first=6,
     )  # fmt: skip
     attention: str | None = option(None, "Attention implementation of transformers, such as sdpa or eager.", rare=True)
     trust_remote_code: bool = option(False, "Run code that comes with a model from the hub.", rare=True)
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
-    device: str = option("auto", "auto takes a GPU where there is one.", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "Where to train; auto: on a GPU where there is one.", choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class DataOptions:
         form="DATA", first=2, path=True,
     )  # fmt: skip
     columns: str | None = option(
-        None, "Which columns hold what, where names do not tell: text=body, or prompt=question,completion=answer, "
-        "or messages=turns.", form="ROLE=COLUMN"
+        None, "Which columns hold what, where names do not tell: text=body, or messages=turns, or prompt=q,completion=a.",
+        form="PAIRS",
     )  # fmt: skip
     split: str = option("train", "Split of a hub data set.", rare=True)
     subset: str | None = option(None, "Configuration of a hub data set.", rare=True)
@@ -110,7 +112,9 @@ class TrainOptions:
     batch: int = option(8, "Sequences in a step on each device.")
     accumulate: int = option(1, "Batches that make one optimizer step.")
     lr: float | None = option(None, "Learning rate. (default: 2e-5, LoRA 2e-4)")
-    schedule: str = option("cosine", "Of the learning rate.", choices=("cosine", "linear", "constant"))
+    schedule: str = option(
+        "cosine", "Of the learning rate, after its warm-up.", choices=("cosine", "linear", "constant")
+    )
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.")
     seed: int = option(
         0, "Fixes data order, held-out rows, adapters and rounding: the same run twice, bit for bit on a CPU."
@@ -130,18 +134,20 @@ class OptimizerOptions:
 
     betas: str = option("0.9,0.999", "Decay of AdamW's two moments.", rare=True)
     eps: float = option(1e-8, "Of AdamW's denominator.", rare=True)
-    weight_decay: float = option(0.0, "Of matrices; biases and norms never decay.")
+    weight_decay: float = option(0.0, "Of matrices, as in AdamW; biases and norms never decay.")
     max_grad_norm: float | None = option(
         1.0, "Clip the task gradient's norm inside the step; 0: no clipping. Recording sees all of it."
     )
-    state_dtype: str = option("fp32", "Of the moments.", choices=("fp32", "bf16", "int8"))
+    state_dtype: str = option("fp32", "How AdamW's moments are kept.", choices=("fp32", "bf16", "int8"))
     master: str = option(
         "auto", "What makes steps on bf16 weights exact; auto: split.",
         choices=("auto", "none", "split", "stochastic"), rare=True,
     )  # fmt: skip
-    precise: bool = option(True, "IEEE division and square root.", rare=True)
-    stats: bool = option(True, "Log stiffness and drift of every layer.", rare=True)
-    backend: str = option("auto", "What serves the step.", choices=("auto", "native", "triton", "reference"), rare=True)
+    precise: bool = option(True, "division and square root to the last bit.", rare=True)
+    stats: bool = option(True, "logging of stiffness and drift of every layer.", rare=True)
+    backend: str = option(
+        "auto", "What computes the optimizer's step.", choices=("auto", "native", "triton", "reference"), rare=True
+    )
 
 
 @dataclass(frozen=True)
@@ -149,11 +155,11 @@ class RecordOptions:
     """How importance is made."""
 
     method: str = option(
-        "path-integral", "path-integral trains on the data and integrates; the others take one pass, weights at rest.",
+        "path-integral", "path-integral trains on the data and integrates; the others take one pass with the weights at rest.",
         choices=("path-integral", "fisher", "mas", "magnitude-gradient"),
     )  # fmt: skip
     xi: float = option(0.01, "ξ, which weighs how far a weight moved: Ω = ω / (Δθ² + ξ).", rare=True)
-    relative: bool = option(True, "ξ in units of each tensor's mean squared move.", rare=True)
+    relative: bool = option(True, "ξ in units of each tensor's mean squared move, so that it carries over.", rare=True)
     importance_dtype: str = option("fp32", "How importance is kept.", choices=("fp32", "bf16", "int8", "int4", "rank1"))
     record_after: float = option(0.0, "Share of the steps after which recording begins.", rare=True)
 
@@ -166,17 +172,28 @@ class PullOptions:
         None, "λ ≥ 0: more forgets less and learns less; 0 is AdamW. (default: 0.1, LoRA 0.002)",
         names=("--lambda",), first=7,
     )  # fmt: skip
-    coeffs: str = option("softmax", "How layers are weighed.", choices=("softmax", "proportional", "uniform"))
+    coeffs: str = option(
+        "softmax", "How layers share the pull, by their importance.", choices=("softmax", "proportional", "uniform")
+    )
     temperature: str = option("auto", "T of the softmax: auto, or a number in units of the norm.")
-    layers_by: str | None = option(None, "What a layer is. (default: block, LoRA module)", choices=("block", "module"))
+    layers_by: str | None = option(
+        None, "What counts as one layer. (default: block, LoRA module)", choices=("block", "module")
+    )
     rebalance_every: int | None = option(None, "Re-balance the layers every so many steps (DynamicCoeffs).", rare=True)
-    mode: str = option("proximal", "How the penalty acts.", choices=("proximal", "coupled"))
-    normalize: bool = option(True, "Divide importance by its mean, so that λ carries over.", rare=True)
+    mode: str = option(
+        "proximal",
+        "How the penalty acts: implicitly, stable for any λ; or added to the gradient, as published.",
+        choices=("proximal", "coupled"),
+    )
+    normalize: bool = option(True, "division of importance by its mean, so that λ carries over.", rare=True)
     tune_importance_dtype: str | None = option(
         None, "How importance is kept while tuning. (default: as in the file)", choices=("fp32", "bf16", "int8", "int4")
     )
     anchor_dtype: str | None = option(
-        None, "Of the anchors. (default: as the weights)", choices=("fp32", "bf16"), rare=True
+        None,
+        "How the weights that are pulled to are kept. (default: as the weights)",
+        choices=("fp32", "bf16"),
+        rare=True,
     )
 
 
@@ -250,10 +267,11 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
         PullOptions,
     ),
     "run": (
-        *(RunFiles, ModelOptions, DataOptions, MeasureOptions, TokenOptions, RunOptions, TrainOptions),
+        *(RunFiles, ModelOptions, DataOptions, MeasureOptions, TokenOptions, TrainOptions, RunOptions),
         *(OptimizerOptions, RecordOptions, PullOptions),
     ),
 }  # verb → its parts, in the order of its help
+FILES = "Files and how to go on"
 PANELS: dict[type[Any], str] = {
     ModelOptions: "Model",
     DataOptions: "Data",
@@ -264,7 +282,7 @@ PANELS: dict[type[Any], str] = {
     OptimizerOptions: "Optimizer",
     RecordOptions: "Importance",
     PullOptions: "Pull",
-    **dict.fromkeys((RecordFiles, TuneFiles, RunFiles), "Files"),
+    **dict.fromkeys((RecordFiles, TuneFiles, RunFiles), FILES),
 }  # part → heading in the help
 
 
