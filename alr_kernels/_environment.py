@@ -18,6 +18,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
+def launched() -> tuple[int, int]:
+    """Return this process's rank and how many there are, as torchrun and accelerate launch say it; (0, 1) alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @cache
 def extension_error() -> str | None:
     """Return why the C++ extension cannot be used, or None when it can."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import refusals_backward
+import refusals_choices
 import refusals_distributed
 import refusals_importance
 import refusals_lora
@@ -55,17 +56,11 @@ from alr_kernels import (
     Importance,
     _ops,
     _validate,
-    _validate_backward,
-    _validate_distributed,
-    _validate_importance,
-    _validate_integrations,
-    _validate_lora,
-    _validate_planning,
     layer_coefficients,
 )
 
-CHECKS = (_validate, _validate_backward, _validate_distributed, _validate_importance, _validate_integrations)
-SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning))
+CHECKS = ("backward", "distributed", "importance", "integrations", "lora", "planning", "choices")
+SOURCES = tuple(Path(_validate.__file__).with_name(f"_validate{name}.py") for name in ("", *(f"_{n}" for n in CHECKS)))
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -315,7 +310,7 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 }  # fmt: skip
-OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning)
+OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning, refusals_choices)
 for module in (refusals_backward, refusals_distributed, *OTHERS):
     REFUSED |= module.REFUSED
 REFUSED |= SHARDED | OF_TRAINERS

@@ -10,6 +10,7 @@ from .._version import __version__
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .eval import eval
 from .plan import plan
 from .record import record
 from .run import run
@@ -47,6 +48,7 @@ PANELS = {
         record,
         tune,
         run,
+        eval,
     ),
     "This machine": (
         plan,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Request:
 
     model: ModelOptions
     before: str | None = None
-    texts: Mapping[str, Source] | None = None
+    texts: Mapping[str, Source] = field(default_factory=dict)
     choices: Sequence[str] = ()
     domain_choices: Sequence[str] = ()
     max_length: int = 1024
@@ -130,7 +130,11 @@ def compare(request: Request, progress: Progress | None = None) -> dict[str, Any
         "shapes": shapes,
         "before": before and before.as_dict(),
         "after": after.as_dict(),
-        **(_changes(before, after, request) if before else {"changes": None, "summary": None, "notes": []}),
+        **(
+            _changes(before, after, request)
+            if before
+            else {"changes": None, "summary": None, "intervals": None, "notes": []}
+        ),
     }
     results["notes"] += _oddities(before, after)
     return results | {"seconds": time.perf_counter() - began}
@@ -143,9 +147,7 @@ def measure(
     from . import models
 
     loaded = models.load(options, trainable=False)
-    texts = {
-        name: _text(loaded, name, source, request, progress) for name, source in (request.texts or {}).items()
-    }
+    texts = {name: _text(loaded, name, source, request, progress) for name, source in request.texts.items()}
     longest = min(request.max_length, loaded.longest or request.max_length)
     answers = {}
     for name, found in asked.items():
@@ -183,37 +185,34 @@ def _counted(progress: Progress, name: str, total: int) -> Any:
     return called
 
 
-def text_bytes(tokenizer: Any, rows: Any) -> int:
+def text_bytes(tokenizer: Any, rows: Iterable[Mapping[str, Sequence[int]]]) -> int:
     """Return the UTF-8 bytes of the text of all tokens that count.
 
     Each run of them is decoded after the token before it, whose own text is subtracted: tokenizers treat the beginning
     of a text in their own ways. Special tokens have no text.
     """
     runs: list[list[int]] = []
-    starts: list[list[int]] = []
-    for index in range(len(rows)):
-        ids, labels = rows[index]["input_ids"], rows[index]["labels"]
+    for row in rows:
+        ids, labels = row["input_ids"], row["labels"]
         for place in range(1, len(ids)):
-            if labels[place] == IGNORED:
-                continue
-            if labels[place - 1] == IGNORED or place == 1:
-                starts.append([ids[place - 1]])
-                runs.append([ids[place - 1]])
-            runs[-1].append(ids[place])
+            if labels[place] != IGNORED:
+                if place == 1 or labels[place - 1] == IGNORED:
+                    runs.append([ids[place - 1]])
+                runs[-1].append(ids[place])
 
     def size(sequences: list[list[int]]) -> int:
         texts = tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return sum(len(text.encode("utf-8", "replace")) for text in texts)
 
-    return size(runs) - size(starts)
+    return size(runs) - size([run[:1] for run in runs])
 
 
-def _fingerprint(rows: Any) -> str:
+def _fingerprint(rows: Iterable[Mapping[str, Sequence[int]]]) -> str:
     """Return a hash of all tokens and labels: two models with the same one are measured on the same predictions."""
     digest = hashlib.sha256()
-    for index in range(len(rows)):
+    for row in rows:
         for name in ("input_ids", "labels"):
-            values = np.asarray(rows[index][name], dtype=np.int64)
+            values = np.asarray(row[name], dtype=np.int64)
             digest.update(len(values).to_bytes(8, "little") + values.tobytes())
     return digest.hexdigest()
 
@@ -244,7 +243,10 @@ def _changes(before: Measured, after: Measured, request: Request) -> dict[str, A
         "domain_gain": -nll["domain"] if "domain" in nll else None,
         "backward_transfer": -nll["general"] if "general" in nll else None,
     }
-    for key, files in (("accuracy_backward_transfer", request.choices), ("accuracy_domain_gain", request.domain_choices)):
+    for key, files in (
+        ("accuracy_backward_transfer", request.choices),
+        ("accuracy_domain_gain", request.domain_choices),
+    ):
         pairs = [(before.choices[name], after.choices[name]) for name in dict.fromkeys(files)]
         found[key] = _accuracy(pairs, "accuracy_norm", request.seed) if pairs else None
     known = {key: change.as_dict() if change else None for key, change in found.items()}
@@ -278,7 +280,9 @@ def _oddities(before: Measured | None, after: Measured) -> list[str]:
             if answers.undefined:
                 notes.append(f"{model}: {answers.undefined} questions of {name} have likelihoods that are NaN: wrong.")
             if answers.truncated:
-                notes.append(f"{model}: {answers.truncated} questions of {name} were too long and lost their beginning.")
+                notes.append(
+                    f"{model}: {answers.truncated} questions of {name} were too long and lost their beginning."
+                )
     return notes
 
 
@@ -290,7 +294,8 @@ def _options(request: Request) -> dict[str, Any]:
     """Return the options as plain values."""
     given = {name: value for name, value in vars(request).items() if name not in ("model", "texts")}
     given |= asdict(request.model)
-    for name, source in (request.texts or {}).items():
-        given |= {name: source.source} | {f"{name}_{part}": getattr(source, part) for part in ("columns", "split", "subset")}
+    for name, source in request.texts.items():
+        parts = {f"{name}_{part}": getattr(source, part) for part in ("columns", "split", "subset")}
+        given |= {name: source.source} | parts
         given |= {"held_out": source.held_out, "max_rows": source.max_rows}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}

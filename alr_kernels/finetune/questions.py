@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _validate_choices as check
+
 Row = Mapping[str, Any]
 
 
@@ -89,9 +90,9 @@ def read(path: str | Path) -> tuple[str, list[Question]]:
     Raises:
         ValueError: as `parse`, and a file that is not there or not what its name says.
     """
+    check.file_there("--choices", path)
     from .data import readers
 
-    check.file_there("--choices", path)
     table = readers.open_table(Path(path), whole=True)
     if table is None:
         check.some_rows(str(path), 0)
