@@ -10,6 +10,7 @@ from .._version import __version__
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .eval import eval
 from .plan import plan
 from .record import record
 from .report import report
@@ -46,6 +47,7 @@ VERBS = (  # in the order of use
     (TUNING, record),
     (TUNING, tune),
     (TUNING, run),
+    (TUNING, eval),
     (LOOKING, report),
     (MACHINE, plan),
     (MACHINE, demo),
