@@ -21,10 +21,14 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
-def launched_rank() -> int:
-    """Return the rank that torchrun or accelerate gave this process, before it has joined the job; 0 without them."""
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdecimal() else 0
+def launched() -> tuple[int, int]:
+    """Return this process's rank and how many there are, as torchrun and accelerate launch say it; (0, 1) alone."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def first_on_machine() -> bool:
+    """Return whether this is the first of the processes that were launched on this machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 @cache

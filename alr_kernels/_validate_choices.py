@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ._validate import listed
@@ -91,3 +92,42 @@ def short_choice(where: str, choice: str, tokens: int, max_length: int) -> None:
             f"{where}: choice {choice[:40]!r} has {tokens} tokens; expected fewer than max_length={max_length}, "
             "for a part of it would be compared with others; raise it if the model takes more, or leave the row out."
         )
+
+
+def file_there(flag: str, path: Any) -> None:
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{flag}: expected a .jsonl, .json, .csv, .tsv or .parquet file with questions, and there is none at "
+            f"{str(path)!r}."
+        )
+
+
+def something_to_measure(texts: bool, files: Sequence[str]) -> None:
+    if not texts and not files:
+        raise ValueError("nothing to measure on: give --general, --domain, --choices or --domain-choices.")
+    twice = [name for name in dict.fromkeys(files) if files.count(name) > 1]
+    if twice:
+        raise ValueError(f"--choices, --domain-choices: {listed(twice)} is given twice; leave one out.")
+
+
+def options_of_texts(given: Mapping[str, Any]) -> None:
+    """Refuse options of texts that are not there, and a share that holds out nothing."""
+    for name in ("general", "domain"):
+        for part in ("columns", "split", "subset"):
+            if given[name] is None and given[f"{name}_{part}"] is not None:
+                raise ValueError(f"--{name}-{part}: it has no effect without --{name}; add that or leave it out.")
+    if given["general"] is None and given["domain"] is None:
+        for option in ("held_out", "packing", "loss_on"):
+            if given[option] is not None:
+                flag = option.replace("_", "-")
+                raise ValueError(f"--{flag}: it has no effect without --general or --domain; leave it out.")
+    share = given["held_out"]
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(
+            f"--held-out: expected a share in (0, 1] of the rows to measure on, got {share}; leave it out for all."
+        )
+
+
+def result_file(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ValueError(f"--out: expected a file in a folder that is there, got {str(path)!r}.")

@@ -114,8 +114,8 @@ def encoding(name: str, line: int, position: int, byte: int) -> NoReturn:
 
 def not_json(name: str, line: int, error: Any) -> NoReturn:
     raise ValueError(
-        f"{name}, line {line}: expected JSON, got {error.msg} at column {error.colno}; each line must be one object, "
-        'such as {"text": "..."} (a .json file may hold one array of objects instead).'
+        f"{name}, line {line} is not JSON ({error.msg}, column {error.colno}); each line must be one object, such "
+        'as {"text": "..."} (a .json file may hold one array of objects instead).'
     ) from None
 
 

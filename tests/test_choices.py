@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from alr_kernels.finetune import questions
 from alr_kernels.finetune.choices import Answers, answer, encode, score
 from alr_kernels.finetune.intervals import paired
-from alr_kernels.finetune.questions import Question, parse
+from alr_kernels.finetune.questions import Question
 
 SCIQ = {
     "question": "What is it?", "distractor1": "one", "distractor2": "two", "distractor3": "three",
@@ -74,19 +75,23 @@ class Rigged(torch.nn.Module):
         return SimpleNamespace(logits=self.table.expand(*input_ids.shape, -1))
 
 
-def ask(model, questions, batch=4, max_length=100, tokenizer=None):
-    return answer(model, tokenizer or Letters(), questions, max_length=max_length, batch=batch)
+def ask(model, asked, batch=4, max_length=100, tokenizer=None):
+    return answer(model, tokenizer or Letters(), asked, max_length=max_length, batch=batch)
+
+
+def parse(rows):
+    return questions.parse([(f"f, line {number}", row) for number, row in enumerate(rows, 1)], "f")
 
 
 def test_the_shape_of_sciq():
-    shape, (found, bare) = parse([SCIQ, {**SCIQ, "support": None}], "f")
+    shape, (found, bare) = parse([SCIQ, {**SCIQ, "support": None}])
     assert shape == "SciQ"
     assert found == Question("A text.\nQuestion: What is it?\nAnswer:", ("one", "two", "three", "four"), 3)
     assert bare.context == "\nQuestion: What is it?\nAnswer:", "as lm-eval's task has it"
 
 
 def test_the_shape_of_piqa():
-    assert parse([PIQA, {**PIQA, "label": "0"}], "f") == (
+    assert parse([PIQA, {**PIQA, "label": "0"}]) == (
         "PIQA",
         [Question("Question: Open a door.\nAnswer:", ("Push it.", "Eat it."), right) for right in (1, 0)],
     )
@@ -95,11 +100,11 @@ def test_the_shape_of_piqa():
 @pytest.mark.parametrize(("values", "expected"), [((0, 3), (0, 3)), (("1", "4"), (0, 3)), (("b", "D"), (1, 3))])
 def test_the_shape_of_medmcqa(values, expected):
     """From 0 as on the hub, from 1 as its authors count, or letters."""
-    shape, questions = parse([{**MEDMCQA, "cop": value} for value in values], "f")
+    shape, found = parse([{**MEDMCQA, "cop": value} for value in values])
     assert shape == "MedMCQA"
-    assert tuple(question.answer for question in questions) == expected
-    assert questions[0].choices == ("A", "B", "C", "D")
-    assert questions[0].context == "Question: Which?\nChoices:\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer:"
+    assert tuple(question.answer for question in found) == expected
+    assert found[0].choices == ("A", "B", "C", "D")
+    assert found[0].context == "Question: Which?\nChoices:\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer:"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,7 @@ def test_the_shape_of_medmcqa(values, expected):
     ],
 )
 def test_answers_of_the_general_shape(choices, given, expected):
-    shape, (found,) = parse([{"question": "q", "choices": choices, "answer": given, "more": 1}], "f")
+    shape, (found,) = parse([{"question": "q", "choices": choices, "answer": given, "more": 1}])
     assert (shape, found.answer, found.context) == ("general", expected, "Question: q\nAnswer:")
     assert all(isinstance(choice, str) for choice in found.choices)
 
@@ -154,12 +159,12 @@ def test_a_tie_counts_in_part_wherever_the_right_choice_is():
 def test_likelihoods_against_a_loop_without_padding(model, tokenizer, batch):
     """Real tokens and a real model: the winner of each question, however it is cut into batches."""
     topics = list(pydoc_data.topics.topics.values())
-    questions = [
+    asked = [
         Question(f"Question: {text[: 40 + 9 * n]}\nAnswer:", tuple(text[k : k + 5 + k] for k in (50, 60, 75)), n % 3)
         for n, text in enumerate(topics[:8])
     ]
     expected, expected_norm = [], []
-    for question in questions:
+    for question in asked:
         context = tokenizer.encode(question.context)
         sums = []
         for choice in question.choices:
@@ -171,7 +176,7 @@ def test_likelihoods_against_a_loop_without_padding(model, tokenizer, batch):
         expected.append(float(np.argmax(sums) == question.answer))
         norms = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
         expected_norm.append(float(np.argmax(norms) == question.answer))
-    found = answer(model, tokenizer, questions, max_length=200, batch=batch)
+    found = answer(model, tokenizer, asked, max_length=200, batch=batch)
     assert found.right.tolist() == expected
     assert found.right_norm.tolist() == expected_norm
     assert 0 < sum(expected) < 8, "some right, some wrong"

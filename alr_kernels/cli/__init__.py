@@ -10,6 +10,7 @@ from .._version import __version__
 from .bench import bench
 from .demo import demo
 from .doctor import doctor
+from .eval import eval
 from .plan import plan
 from .record import record
 from .report import report
@@ -18,7 +19,6 @@ from .tune import tune
 
 app = typer.Typer(
     name="alr-kernels",
-    help="Fine-tune a language model on a domain without forgetting what it knew.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -38,25 +38,21 @@ def main(
 ) -> None:
     """Fine-tune a language model on a domain without forgetting what it knew.
 
-    Start with `alr-kernels run --help`, which does all of it, or with record and then tune.
+    Begin with `alr-kernels run --help`: it does all of it, from a model and two texts to a tuned model and a report.
     """
 
 
-# In the order of use.
-PANELS = {
-    "Tune a model": (
-        record,
-        tune,
-        run,
-    ),
-    "Look closer": (report,),
-    "This machine": (
-        plan,
-        demo,
-        bench,
-        doctor,
-    ),
-}
-for _panel, _verbs in PANELS.items():
-    for _verb in _verbs:
-        app.command(rich_help_panel=_panel)(_verb)
+TUNING, LOOKING, MACHINE = "Tune a model", "Look closer", "This machine"
+VERBS = (  # in the order of use
+    (TUNING, record),
+    (TUNING, tune),
+    (TUNING, run),
+    (TUNING, eval),
+    (LOOKING, report),
+    (MACHINE, plan),
+    (MACHINE, demo),
+    (MACHINE, bench),
+    (MACHINE, doctor),
+)
+for _panel, _verb in VERBS:
+    app.command(rich_help_panel=_panel)(_verb)

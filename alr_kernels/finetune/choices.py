@@ -45,7 +45,7 @@ class Encoded:
     truncated: bool
 
 
-def encode(tokenizer: Any, question: Question, max_length: int, where: str = "question") -> Encoded:
+def encode(tokenizer: Any, question: Question, max_length: int) -> Encoded:
     """Turn a question and its choices into tokens.
 
     Each choice is tokenised together with the question, as it would be read, and without it; a choice begins where the
@@ -56,7 +56,6 @@ def encode(tokenizer: Any, question: Question, max_length: int, where: str = "qu
         tokenizer: of transformers. Its token for the beginning of a text is put first if it does so itself.
         question: what to encode.
         max_length: tokens of a sequence, at most.
-        where: file and row, for messages.
 
     Raises:
         ValueError: a choice of no token, or of ``max_length`` or more.
@@ -68,8 +67,8 @@ def encode(tokenizer: Any, question: Question, max_length: int, where: str = "qu
     sequences, scored = [], []
     for choice, tokens in zip(question.choices, whole, strict=True):
         count = len(tokens) - shared
-        check.has_tokens(where, choice, count)
-        check.short_choice(where, choice, count, max_length)
+        check.has_tokens(question.where, choice, count)
+        check.short_choice(question.where, choice, count, max_length)
         sequences.append((start + tokens)[-max_length:])
         scored.append(count)
     longest = len(start) + max(map(len, whole))
@@ -83,7 +82,6 @@ def answer(
     *,
     max_length: int,
     batch: int,
-    name: str = "questions",
     tick: Callable[[], None] | None = None,
 ) -> Answers:
     """Let a model choose, and say how often it chose right.
@@ -97,13 +95,12 @@ def answer(
         questions: what to ask.
         max_length: tokens of a question with one choice, at most; the beginning is cut off.
         batch: sequences in a batch; a question makes one for each choice.
-        name: of the file, for messages.
         tick: called after each batch.
 
     Returns:
         Scores in the order of the questions.
     """
-    encoded = [encode(tokenizer, question, max_length, f"{name}, row {n}") for n, question in enumerate(questions, 1)]
+    encoded = [encode(tokenizer, question, max_length) for question in questions]
     places: dict[tuple[int, ...], int] = {}
     rows: list[dict[str, list[int]]] = []
     for entry in encoded:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .. import _validate_choices as check
@@ -23,6 +24,7 @@ class Question:
     context: str
     choices: tuple[str, ...]  # a space comes between the context and each of them
     answer: int  # index of the right choice
+    where: str = field(default="question", compare=False)  # file and row, for messages
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Shape:
     name: str
     columns: tuple[str, ...]  # in every row
     read: Callable[[Row, str, int], Question]  # row, where it is (for messages), first index of answers
+    optional: tuple[str, ...] = ()
 
     def fits(self, columns: Sequence[str]) -> bool:
         """Say whether a file with these columns is of this shape."""
@@ -41,13 +44,13 @@ class Shape:
 def _sciq(row: Row, where: str, first: int) -> Question:
     support = str(row.get("support") or "").lstrip()
     choices = tuple(_text(row, name, where) for name in ("distractor1", "distractor2", "distractor3", "correct_answer"))
-    return Question(f"{support}\nQuestion: {_text(row, 'question', where)}\nAnswer:", choices, 3)
+    return Question(f"{support}\nQuestion: {_text(row, 'question', where)}\nAnswer:", choices, 3, where)
 
 
 def _piqa(row: Row, where: str, first: int) -> Question:
     choices = (_text(row, "sol1", where), _text(row, "sol2", where))
     answer = _indexed(row["label"], "label", where, first, 2)
-    return Question(f"Question: {_text(row, 'goal', where)}\nAnswer:", choices, answer)
+    return Question(f"Question: {_text(row, 'goal', where)}\nAnswer:", choices, answer, where)
 
 
 def _medmcqa(row: Row, where: str, first: int) -> Question:
@@ -55,7 +58,7 @@ def _medmcqa(row: Row, where: str, first: int) -> Question:
     listed = "".join(f"{letter}. {option}\n" for letter, option in zip("ABCD", options, strict=True))
     answer = _indexed(row["cop"], "cop", where, first, 4)
     context = f"Question: {_text(row, 'question', where)}\nChoices:\n{listed}Answer:"
-    return Question(context, ("A", "B", "C", "D"), answer)
+    return Question(context, ("A", "B", "C", "D"), answer, where)
 
 
 def _general(row: Row, where: str, first: int) -> Question:
@@ -70,39 +73,63 @@ def _general(row: Row, where: str, first: int) -> Question:
     check.choices(where, choices)
     texts = tuple(str(choice) for choice in choices)
     context = f"Question: {_text(row, 'question', where)}\nAnswer:"
-    return Question(context, texts, _answer(row["answer"], texts, where))
+    return Question(context, texts, _answer(row["answer"], texts, where), where)
 
 
 SHAPES = (
-    Shape("SciQ", ("question", "correct_answer", "distractor1", "distractor2", "distractor3"), _sciq),
+    Shape("SciQ", ("question", "correct_answer", "distractor1", "distractor2", "distractor3"), _sciq, ("support",)),
     Shape("PIQA", ("goal", "sol1", "sol2", "label"), _piqa),
     Shape("MedMCQA", ("question", "opa", "opb", "opc", "opd", "cop"), _medmcqa),
     Shape("general", ("question", "choices", "answer"), _general),
 )
 
 
-def parse(rows: Sequence[Row], name: str) -> tuple[str, list[Question]]:
+def read(path: str | Path) -> tuple[str, list[Question]]:
+    """Return the shape's name and the questions of a JSON lines, JSON, CSV, TSV or Parquet file.
+
+    Raises:
+        ValueError: as `parse`, and a file that is not there or not what its name says.
+    """
+    check.file_there("--choices", path)
+    from .data import readers
+
+    table = readers.open_table(Path(path), whole=True)
+    if table is None:
+        check.some_rows(str(path), 0)
+    shape = _shape(table.name, table.columns or ())
+    wanted = [*shape.columns, *(name for name in shape.optional if name in (table.columns or ()))]
+    return parse(((f"{table.name}, {table.unit} {number}", row) for number, row in table.rows(wanted)), str(path))
+
+
+def parse(rows: Iterable[tuple[str, Row]], name: str) -> tuple[str, list[Question]]:
     """Return the shape's name and the questions of a file's rows.
 
     Args:
-        rows: column → value, as JSON, CSV (where all values are text) or Parquet has them.
+        rows: (where the row is, column → value), as JSON, CSV (where all values are text) or Parquet has them. The
+            first tells the shape.
         name: of the file, for messages.
 
     Raises:
         ValueError: no row; columns of no known shape; a row without a column, a question, a choice or an answer.
 
     >>> row = {"question": "2 + 2?", "choices": ["3", "4", "five"], "answer": "B"}
-    >>> parse([row], "sums.jsonl")
-    ('general', [Question(context='Question: 2 + 2?\\nAnswer:', choices=('3', '4', 'five'), answer=1)])
+    >>> parse([("sums.jsonl, line 1", row)], "sums.jsonl")[1][0].answer
+    1
     """
-    check.some_rows(name, len(rows))
-    shape = next((shape for shape in SHAPES if shape.fits(list(rows[0]))), None)
+    gathered = list(rows)
+    check.some_rows(name, len(gathered))
+    shape = _shape(name, tuple(gathered[0][1]))
+    for where, row in gathered:
+        check.columns(where, shape.columns, row)
+    first = _first_option([row["cop"] for _, row in gathered], name) if shape.name == "MedMCQA" else 0
+    return shape.name, [shape.read(row, where, first) for where, row in gathered]
+
+
+def _shape(name: str, columns: Sequence[str]) -> Shape:
+    shape = next((shape for shape in SHAPES if shape.fits(columns)), None)
     if shape is None:
-        check.no_shape(name, list(rows[0]), {shape.name: shape.columns for shape in SHAPES})
-    for number, row in enumerate(rows, 1):
-        check.columns(f"{name}, row {number}", shape.columns, row)
-    first = _first_option([row["cop"] for row in rows], name) if shape.name == "MedMCQA" else 0
-    return shape.name, [shape.read(row, f"{name}, row {number}", first) for number, row in enumerate(rows, 1)]
+        check.no_shape(name, columns, {shape.name: shape.columns for shape in SHAPES})
+    return shape
 
 
 def _text(row: Row, column: str, where: str) -> str:
@@ -138,7 +165,7 @@ def _indexed(value: Any, column: str, where: str, first: int, count: int) -> int
 
 def _first_option(values: Sequence[Any], name: str) -> int:
     """Return the number of option A: the hub's copy of MedMCQA counts from 0, its authors' files from 1."""
-    numbers = {_whole(value) for value in values} - {None}
+    numbers = {number for number in map(_whole, values) if number is not None}
     check.one_numbering(name, numbers)
     return int(4 in numbers)
 

@@ -59,12 +59,11 @@ def _numbers(results: Mapping[str, Any]) -> list[Number]:
     """Return one number for each family: what it forgot, or for LoRA, whose arms start apart, the general NLL."""
     lora = results["space"] == "lora"
     part = "general_at_shared_level" if lora else "at_shared_level"
-    label = "{}: general NLL" if lora else "{} forgot"
+    label, note = ("{}", "general NLL at domain NLL {:.3f}") if lora else ("{} forgot", "at domain NLL {:.3f}")
     return [
-        Number(label.format(family), value, NATS, f"{part}.{family}", not lora,
-               f"at domain NLL {results['shared_level']:.3f}")
+        Number(label.format(family), value, NATS, f"{part}.{family}", not lora, note.format(results["shared_level"]))
         for family, value in results[part].items()
-    ]  # fmt: skip
+    ]
 
 
 def _chosen(results: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

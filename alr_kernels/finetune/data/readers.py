@@ -47,13 +47,15 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def open_table(path: Path, whole: bool) -> Table | None:
-    """Return the rows of a file, None for one without any; ``whole``: a text file is one row, not its paragraphs.
+    """Return the rows of a file, None for an empty one; ``whole``: a text file is one row, not its paragraphs.
 
     An ending that is not known is read as text: the user named the file.
     """
     ending = path.suffix.lower()
+    if path.is_file() and not path.stat().st_size:
+        return None
     if ending == ".parquet":
-        return _parquet(path) if path.stat().st_size else None
+        return _parquet(path)
     if ending in (".csv", ".tsv"):
         return _csv(path, "\t" if ending == ".tsv" else None)
     if ending in (".jsonl", ".ndjson", ".json"):
