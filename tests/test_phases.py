@@ -53,25 +53,6 @@ def tune(home, out, *, how=(), progress=None, **options):
     return phases.tune(cases.settings("tune", **given), progress=progress, **dict(how))
 
 
-class Interrupting(Progress):
-    """Presses Ctrl-C after given steps of given phases, and remembers what is said."""
-
-    def __init__(self, **after):
-        self.after, self.said, self.steps = after, [], []
-
-    def phase(self, name, total, done=0):
-        def tick(step, note=""):
-            self.steps.append((name, step, note))
-            if self.after.get(name) == step:
-                del self.after[name]
-                os.kill(os.getpid(), signal.SIGINT)
-
-        return tick
-
-    def say(self, text):
-        self.said.append(text)
-
-
 def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -148,9 +129,9 @@ def test_other_methods_go_on_where_they_were_interrupted(home, tmp_path, method)
     assert found["before"] == found["after"]
     assert found["after"]["general"]["tokens"] > 100
     with pytest.raises(KeyboardInterrupt):
-        phases.record(settings("again"), progress=Interrupting(**{f"{method} importance": 3}))
+        phases.record(settings("again"), progress=cases.Interrupting(**{f"{method} importance": 3}))
     assert not (tmp_path / "again.safetensors").exists()
-    progress = Interrupting()
+    progress = cases.Interrupting()
     phases.record(settings("again"), resume=True, progress=progress)
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not (tmp_path / "again.work").exists()
@@ -294,7 +275,7 @@ def test_lora_leaves_an_adapter_that_peft_loads(home, tmp_path):
 
 def test_importance_of_all_weights_serves_lora(home, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
-    progress = Interrupting()
+    progress = cases.Interrupting()
     found = tune(home, tmp_path / "adapter", lora=LORA, progress=progress)
     assert any("the 6 tensors that have an adapter are taken" in text for text in progress.said)
     assert len(found["coefficients"]["modules"]) == 6
@@ -343,7 +324,7 @@ def test_run_may_tune_what_recording_made(home, tmp_path):
 
 def test_ctrl_c_finishes_the_step_and_resume_ends_with_the_same_bytes(home, tmp_path):
     out = tmp_path / "i.safetensors"
-    progress = Interrupting(record=2)
+    progress = cases.Interrupting(record=2)
     with pytest.raises(Stopped) as stopped:
         record(home, out, progress=progress)
     assert stopped.value.step == 3
@@ -353,7 +334,7 @@ def test_ctrl_c_finishes_the_step_and_resume_ends_with_the_same_bytes(home, tmp_
     assert "stopping after this step; once more stops at once" in progress.said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(Stopped):
-        record(home, out, how={"resume": True}, progress=Interrupting(record=6))  # measuring, at the end
+        record(home, out, how={"resume": True}, progress=cases.Interrupting(record=6))  # measuring, at the end
     found = record(home, out, how={"resume": True})
     assert out.read_bytes() == (home / "importance.safetensors").read_bytes()
     assert not (tmp_path / "i.work").exists()
@@ -363,7 +344,7 @@ def test_ctrl_c_finishes_the_step_and_resume_ends_with_the_same_bytes(home, tmp_
     assert [{k: v for k, v in line.items() if k not in timed} for line in again] == [
         {k: v for k, v in line.items() if k not in timed} for line in whole
     ]
-    finished = Interrupting()
+    finished = cases.Interrupting()
     assert record(home, out, how={"resume": True}, progress=finished)["importance"] == found["importance"]
     assert finished.said == [f"{out}: this run is finished; nothing is left to do"]
 
@@ -382,7 +363,7 @@ def test_tuning_resumes_with_the_same_bytes(home, tmp_path, kind):
     for step in (1, 4, 6):
         how = {"resume": (tmp_path / "again").exists()}
         with pytest.raises(Stopped):
-            tune(home, tmp_path / "again", how=how, progress=Interrupting(tune=step), **options)
+            tune(home, tmp_path / "again", how=how, progress=cases.Interrupting(tune=step), **options)
         assert not (tmp_path / "again" / "config.json").exists()
     found = tune(home, tmp_path / "again", how={"resume": True}, **options)
     assert cases.bytes_of(tmp_path / "again") == cases.bytes_of(tmp_path / "whole")
@@ -392,28 +373,6 @@ def test_tuning_resumes_with_the_same_bytes(home, tmp_path, kind):
         x | {"seconds": 0} for x in whole["curves"]["tune"]
     ]
     assert found["log"] == whole["log"]
-
-
-def test_run_resumes_in_every_phase(home, tmp_path):
-    given = {"model": str(home / "llama"), "data": str(home / "domain.jsonl"), "general": str(home / "general.jsonl")}
-
-    def run(name, progress=None, **how):
-        return phases.run(
-            cases.settings("run", **given, out=str(tmp_path / name), baseline=True), progress=progress, **how
-        )
-
-    whole = run("whole")
-    for phase in ("record", "tune", "plain"):
-        with pytest.raises(Stopped):
-            run("again", Interrupting(**{phase: 2}), resume=phase != "record")
-    progress = Interrupting()
-    found = run("again", progress, resume=True)
-    assert {name for name, _, _ in progress.steps} == {"plain"}
-    for folder in ("tuned", "plain"):
-        assert cases.bytes_of(tmp_path / "again" / folder) == cases.bytes_of(tmp_path / "whole" / folder)
-    assert (tmp_path / "again/importance.safetensors").read_bytes() == (home / "importance.safetensors").read_bytes()
-    assert found["summary"] == whole["summary"]
-    assert found["movement"] == whole["movement"]
 
 
 def test_a_second_ctrl_c_stops_at_once(home, tmp_path):
@@ -449,7 +408,7 @@ def test_a_result_is_replaced_only_when_asked(home, tmp_path):
 
 def test_an_unfinished_run_is_gone_on_with_or_begun_anew(home, tmp_path):
     with pytest.raises(Stopped):
-        tune(home, tmp_path / "t", progress=Interrupting(tune=2))
+        tune(home, tmp_path / "t", progress=cases.Interrupting(tune=2))
     with pytest.raises(FileExistsError, match="--resume, or begin anew with --overwrite"):
         tune(home, tmp_path / "t")
     with pytest.raises(ValueError, match="--lr was 0.003, now 0.001"):
