@@ -47,7 +47,7 @@ def _compared(results: Mapping[str, Any]) -> str:
     plain_gain, plain_lost = said.get("plain_domain_gain"), said.get("plain_forgetting")
     if plain_gain is None:
         return ""
-    if plain_lost is None:
+    if plain_lost is None or said["forgetting"] is None:
         return f"The baseline, the same training without the pull, learnt {plain_gain:.3f} nats per token."
     lost, gain = said["forgetting"], said["domain_gain"]
     began = (
