@@ -292,7 +292,10 @@ WORDS = {
     "forgot nothing": ({"forgetting": -0.01}, "forgot nothing that was measured"),
     "not measured": ({"forgetting": None}, "What it forgot was not measured"),
     "worse than the baseline": ({"forgetting": 0.5, "plain_forgetting": 0.25}, "The pull forgot 100 % more"),
-    "a baseline that forgot nothing": ({"plain_forgetting": -0.1}, "it had nothing to save"),
+    "a baseline that forgot nothing": (
+        {"plain_forgetting": -0.1},
+        "(its general NLL fell by 0.100): there was nothing to save",
+    ),
     "a baseline that learnt nothing": ({"plain_domain_gain": -0.1}, "of that forgetting."),
     "a baseline without general text": ({"plain_forgetting": None}, "without the pull, learnt 0.959 nats per token."),
     "no baseline": ({"plain_domain_gain": None}, "It took"),

@@ -155,11 +155,16 @@ def power_of_ten(exponent: int) -> str:
 
 
 def decades(axis: Any) -> None:
-    """Label a logarithmic axis by plain powers of ten."""
+    """Label a logarithmic axis by plain powers of ten, or within one or two of them by plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
+    low, high = axis.get_view_interval()
+    if high / low < 50:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
     axis.set_minor_formatter(NullFormatter())
 
 
