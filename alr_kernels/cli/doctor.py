@@ -23,7 +23,7 @@ LARGE_CHECK_SIZE = 300_001  # native and GPU only: the interpreter would take se
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Check the installation: versions, build, backends, and one real step of each against the reference.
+    """Check the installation: versions, build, backends, which commands work, and one real step of each backend.
 
     Exit code 0 when every backend that is here steps correctly (a missing one is explained, not an error), 1 when one
     is wrong.
@@ -65,6 +65,9 @@ def examine() -> dict[str, Any]:
         "versions": _environment.versions(),
         "machine": _environment.machine(),
         "build": _environment.build_facts(),
+        "openmp_runtimes": _environment.openmp_runtimes(),
+        "extras": {extra: _environment.lacking(extra) for extra in _environment.EXTRAS},
+        "commands": _environment.commands(),
         "backends": backends,
         "checks": checks,
     }
@@ -255,6 +258,13 @@ def _print(report: dict[str, Any]) -> None:
         )
     else:
         console.print(f"[bold]extension[/] missing: {build['reason']}")
+    if len(report["openmp_runtimes"] or ()) > 1:
+        files = "".join(f"\n  {file}" for file in report["openmp_runtimes"])
+        console.print(
+            "[yellow]several OpenMP runtimes are loaded, each with threads of its own, which may compete for the cores; "
+            f"import torch before anything else that uses one:[/]{files}"
+        )
+    _print_commands(console, report)
     table = Table("op", "device", "backend", "serves", title="who serves what (the first that serves is the default)")
     for device, ops in report["backends"].items():
         for op, rows in ops.items():
@@ -269,6 +279,21 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(check["op"], check["device"], check["backend"], shown, verdict)
     console.print(table)
     console.print("[green]everything that is here works[/]" if report["ok"] else "[red]a backend steps wrongly[/]")
+
+
+def _print_commands(console: Any, report: dict[str, Any]) -> None:
+    """Print which extras are complete, and of each command whether it works and what it or its options lack."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    extras = (f"{name}: {'complete' if not lacks else ', '.join(lacks)}" for name, lacks in report["extras"].items())
+    console.print(f"[bold]extras[/]    {escape('; '.join(extras))}")
+    table = Table("command", "works", "lacks", title="commands")
+    for command, row in report["commands"].items():
+        lacks = [f"{', '.join(row['lacks'])}: {row['install']}"] if row["lacks"] else []
+        lacks += [f"for {option}: {install}" for option, install in row["without"].items()]
+        table.add_row(command, "[green]yes[/]" if row["works"] else "[red]no[/]", escape("; ".join(lacks)))
+    console.print(table)
 
 
 def _short(value: Any) -> str:
