@@ -261,8 +261,8 @@ def _print(report: dict[str, Any]) -> None:
     if len(report["openmp_runtimes"] or ()) > 1:
         files = "".join(f"\n  {file}" for file in report["openmp_runtimes"])
         console.print(
-            "[yellow]several OpenMP runtimes are loaded, each with threads of its own, which may compete for the cores; "
-            f"import torch before anything else that uses one:[/]{files}"
+            "[yellow]several OpenMP runtimes are loaded, each with threads of its own, which may compete for the "
+            f"cores; import torch before anything else that uses one:[/]{files}"
         )
     _print_commands(console, report)
     table = Table("op", "device", "backend", "serves", title="who serves what (the first that serves is the default)")
