@@ -59,13 +59,18 @@ def run(command, **options):
     return result
 
 
+def bare():
+    """Return the environment without what would show the test environment, or the checkout, to another Python."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The wheel as `make wheel` repairs it, without CUDA."""
     folder = tmp_path_factory.mktemp("wheel")
     # Modules that were deleted since would still lie in the checkout's build/lib; only its compiled objects are reused.
     (folder / "extra.cfg").write_text(f"[build]\nbuild_base={folder}/build\n[egg_info]\negg_base={folder}\n")
-    environment = {**os.environ, "ALR_BUILD_CUDA": "0", "DIST_EXTRA_CONFIG": str(folder / "extra.cfg")}
+    environment = {**bare(), "ALR_BUILD_CUDA": "0", "DIST_EXTRA_CONFIG": str(folder / "extra.cfg")}
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--no-cache-dir"]
     run([*pip, "--wheel-dir", folder / "raw", ROOT], env=environment)
     (raw,) = (folder / "raw").iterdir()
@@ -98,7 +103,7 @@ def venv(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("venv")
     run([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin" / "python"
-    run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built])
+    run([sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", built], env=bare())
     shown = folder / "requirements"
     shown.mkdir()
     for name in closure(CORE):
@@ -114,13 +119,12 @@ def venv(built, tmp_path_factory):
 @pytest.fixture(scope="module")
 def environment(venv, tmp_path_factory):
     """Variables of a process in it, and a folder that is not the checkout."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return {"env": {**kept, "HF_HUB_OFFLINE": "1"}, "cwd": tmp_path_factory.mktemp("elsewhere")}
+    return {"env": {**bare(), "HF_HUB_OFFLINE": "1"}, "cwd": tmp_path_factory.mktemp("elsewhere")}
 
 
 def files_of(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        return set(archive.namelist())
+        return {name for name in archive.namelist() if not name.endswith("/")}
 
 
 def metadata_of(wheel):
