@@ -61,7 +61,7 @@ def run(command, **options):
 
 def bare():
     """Return the environment without what would show the test environment, or the checkout, to another Python."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV", "ALR_"))}
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +190,31 @@ def test_extras_are_those_that_doctor_knows(built):
         one for one in wanted if one.name == "alr-kernels" and "'all'" in str(one.marker).replace('"', "'")
     )
     assert everything.extras == {"train", "peft", "report", "quantize", "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, "0.1.0"),
+        ({"ALR_LOCAL_VERSION": "cu130"}, "0.1.0+cu130"),
+        ({"ALR_LOCAL_VERSION": "auto", "ALR_BUILD_CUDA": "0"}, "0.1.0"),
+        (
+            {"ALR_LOCAL_VERSION": "auto"},
+            "ALR_LOCAL_VERSION=auto names what is built: set ALR_BUILD_CUDA to 0 or 1 with it",
+        ),
+        (
+            {"ALR_LOCAL_VERSION": "cu-13"},
+            "ALR_LOCAL_VERSION: expected auto, or letters, digits and dots .* got 'cu-13'",
+        ),
+    ],
+)
+def test_flavours_have_versions_of_their_own(variables, expected):
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env={**bare(), **variables}, capture_output=True, text=True
+    )
+    last = (result.stdout + result.stderr).strip().splitlines()[-1]
+    assert re.fullmatch(re.escape(expected) if result.returncode == 0 else expected, last), last
+    assert (result.returncode == 0) == expected.startswith("0.1.0")
 
 
 def test_nothing_else_is_visible_there(venv, environment):
