@@ -40,7 +40,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
 }
 PACKAGES = (
     *("torch", "triton", "numpy", "safetensors", "typer", "rich", "pybind11", "ninja"),
-    *dict.fromkeys(package for extra in EXTRAS.values() for package in extra),
+    *("tokenizers", *dict.fromkeys(package for extra in EXTRAS.values() for package in extra)),
 )
 
 
