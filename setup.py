@@ -149,7 +149,7 @@ def version() -> str:
     """Return the version of the metadata: the package's own, with a local part as ALR_LOCAL_VERSION asks for."""
     public = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "alr_kernels" / "_version.py").read_text(), re.MULTILINE)
     if public is None:
-        raise BuildError("alr_kernels/_version.py: expected a line __version__ = \"...\"")
+        raise BuildError('alr_kernels/_version.py: expected a line __version__ = "..."')
     local = os.environ.get("ALR_LOCAL_VERSION", "")
     if local == "auto":
         if os.environ.get("ALR_BUILD_CUDA") not in ("0", "1"):
