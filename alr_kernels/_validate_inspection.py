@@ -108,6 +108,8 @@ def comparable(first: Mapping[str, Sequence[int]], second: Mapping[str, Sequence
 
 
 def merging(files: int, rule: str | None) -> None:
+    if not files:
+        raise ValueError("convert: expected one importance or several, got none.")
     if files > 1 and rule is None:
         raise ValueError(
             f"merge: {files} files are given and nothing says how they become one; "
