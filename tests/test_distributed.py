@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 MODULES = (
     "distributed_cases", "distributed_lora_cases", "distributed_file_cases", "distributed_training_cases",
-    "distributed_tensor_parallel_cases", "distributed_plan_cases",
+    "distributed_tensor_parallel_cases", "distributed_plan_cases", "distributed_movement_cases",
 )  # fmt: skip
 LOADING = ("distributed_loading_cases",)
 EIGHT = ("distributed_eight_cases",)

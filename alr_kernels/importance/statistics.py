@@ -34,10 +34,14 @@ def statistics(path_integral: Tensor | None, importance: Tensor, finite: Tensor 
     return torch.stack(columns)
 
 
+def bin_of(importance: Tensor) -> Tensor:
+    """Return the bin of each Ω ≥ 0, flat: half the exponent of its float32 value."""
+    return ((importance.float().reshape(-1).view(torch.int32) >> 24) - 32).clamp(0, BINS - 1)
+
+
 def histogram(importance: Tensor) -> Tensor:
-    """Return the counts [BINS] int64 of Ω ≥ 0, by half the exponent of its float32 value."""
-    bins = ((importance.float().reshape(-1).view(torch.int32) >> 24) - 32).clamp(0, BINS - 1)
-    return torch.bincount(bins, minlength=BINS)
+    """Return the counts [BINS] int64 of Ω ≥ 0; see :func:`bin_of`."""
+    return torch.bincount(bin_of(importance), minlength=BINS)
 
 
 class TensorStats(NamedTuple):
