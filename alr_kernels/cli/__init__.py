@@ -8,8 +8,11 @@ import typer
 
 from .._version import __version__
 from .bench import bench
+from .compare import compare
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
+from .inspect import inspect
 from .plan import plan
 
 app = typer.Typer(
@@ -39,3 +42,6 @@ app.command()(doctor)
 app.command()(demo)
 app.command()(bench)
 app.command()(plan)
+app.command()(inspect)
+app.command()(compare)
+app.command()(convert)

@@ -15,7 +15,7 @@ from .. import _validate, _validate_inspection
 from ..codecs.encoded import Encoded
 from ..codecs.storage import DTYPES, fitting
 from ..coefficients import RULES, LayerCoefficients, layer_coefficients
-from ..names import LayerBy, layer_of
+from ..names import LayerBy, layer_of, module_of
 from .artifact import Importance
 from .chunks import Loss, chunks, loss_of
 from .statistics import TensorStats
@@ -61,8 +61,8 @@ class Drift(NamedTuple):
 class Row:
     """One tensor, one layer, or all of a file.
 
-    ``alpha``: the layer's coefficient; ``share``: of α·Σ Ω over the file, None where all Ω is 0. ``layer`` is that of
-    the coefficients, ``block`` that of a heat map, ``module`` the place within it.
+    ``layer``: what the coefficient ``alpha`` is of; ``share``: of Σ α·Ω over the file. Both numbers are None where all
+    Ω is 0. ``block`` and ``module``: row and column of a heat map; empty where it is not a single tensor.
     """
 
     name: str
@@ -95,13 +95,13 @@ class Row:
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
         stats, drift = self.stats, self.drift
+        place: dict[str, Any] = {}
+        if self.block:
+            place = {"layer": self.block, "module": self.module, "weighed_as": self.layer, "shape": list(self.shape)}
         return {
             "name": self.name,
-            "layer": self.layer,
-            "block": self.block,
-            "module": self.module,
+            **place,
             "form": self.form,
-            "shape": list(self.shape),
             "elements": stats.numel,
             "bytes": self.nbytes,
             "alpha": self.alpha,
@@ -182,7 +182,7 @@ def inspect(
     >>> path = tempfile.mkdtemp() + "/i.safetensors"
     >>> Importance({"layers.0.w": torch.ones(64, 128), "layers.1.w": 3 * torch.ones(64, 128)}).save(path)
     >>> found = inspect(path, coeffs="proportional")
-    >>> [(row.name, row.alpha, row.mass, row.share) for row in found.layers]
+    >>> [(row.name, round(row.alpha, 6), row.mass, round(row.share, 6)) for row in found.layers]
     [('layers.0', 0.25, 8192.0, 0.1), ('layers.1', 0.75, 24576.0, 0.9)]
     """
     _validate.choice("coeffs", coeffs, RULES)
@@ -232,17 +232,6 @@ def work(importance: Importance, encodings: Sequence[str]) -> int:
     kept = _validate_inspection.KEPT
     entries = [importance.encoded(name) for name in importance]
     return sum(entry.numel for entry in entries for form in encodings if form == kept or takes_form(entry, form))
-
-
-def module_of(name: str) -> tuple[str, str]:
-    """Return (block, module) of a parameter: the cell of a heat map that it belongs to.
-
-    >>> module_of("model.layers.3.self_attn.q_proj.weight"), module_of("lm_head.weight")
-    (('model.layers.3', 'self_attn.q_proj'), ('lm_head', ''))
-    """
-    block = layer_of(name)
-    inside = name.removeprefix(block).strip(".").rpartition(".")[0]
-    return block, inside
 
 
 def _tensor_rows(
