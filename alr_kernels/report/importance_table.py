@@ -157,7 +157,7 @@ def notes(found: Inspection) -> list[str]:
         low, high = 4.0 ** bins[0].start * 2.0**-63, 4.0 ** bins[-1].stop * 2.0**-63
         said.append(
             f"histogram: Ω from {low:.1e} to {high:.1e}, each character a factor of {4 ** len(bins[0])}; "
-            "Ω ≈ 0: below 8.7e-19."
+            "Ω ≈ 0: below 4.3e-19."
         )
     if found.total.negative_share is not None:
         said.append("ω < 0: part of Σ|ω| that was negative, which the clamp at 0 dropped.")
