@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ._validate import choice, listed, number
 from ._validate_importance import _other_prefix
@@ -77,10 +77,6 @@ def picture(target: Path) -> None:
     if target.suffix != ".png":
         raise ValueError(f"plot: expected a name ending in .png, got {str(target)!r}.")
     file_in_folder("plot", target)
-
-
-def needs_matplotlib(option: str, missing: ImportError) -> NoReturn:
-    raise ImportError(f'{option}: drawing needs matplotlib: pip install "alr-kernels[report]".') from missing
 
 
 def comparable(first: Mapping[str, Sequence[int]], second: Mapping[str, Sequence[int]], names: Sequence[str]) -> None:

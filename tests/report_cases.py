@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+
+from alr_kernels.report.page import html
+from alr_kernels.report.results import page_of
 
 LAYERS, MODULES = 6, ("input_layernorm", "mlp.down_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.q_proj")
 STEPS = (0, 20, 40, 60, 80, 100, 120, 140, 160)
@@ -92,7 +98,7 @@ def run() -> dict:
         "verb": "run",
         "versions": {"alr_kernels": "0.0.0", "python": "3.11.7", "torch": "2.13.0"},
         "machine": {"cpu": "a processor", "threads": 2},
-        "options": {"model": "tiny-llama", "data": "domain.jsonl", "reg_lambda": None, "lr": 2e-5, "baseline": True},
+        "options": {"model": "tiny-llama", "data": "domain.jsonl", "reg_lambda": 0.1, "lr": 2e-5, "baseline": True},
         "seconds": {"record": 61.5, "tune": 48.25, "plain": 44.0, "evaluate": 9.5},
         "data": {"domain": _facts("domain.jsonl", 1_000), "general": _facts("general", 2_000)},
         "model": {
@@ -177,3 +183,82 @@ def without_pull() -> dict:
     found["cost"]["bytes"] |= {"importance": 0, "anchor": 0}
     found["cost"]["artifact_bytes"] = None
     return found
+
+
+def demo(lora: bool = False) -> dict:
+    """Return results of the demo: every family with two runs, the first of them chosen."""
+    families = ("plain LoRA", "general phase then LoRA") if lora else ("AdamW",)
+    families += ("L2-SP", "ALR coupled", "ALR proximal")
+    runs, rows, ends = [], [], {}
+    for place, family in enumerate(families):
+        pulled = not family.startswith(("AdamW", "plain", "general"))
+        for weaker in (0, 1):
+            label = f"{family}, λ 0.0{8 - weaker}" if pulled else f"{family}, lr 0.000{4 - weaker}"
+            arm = {"family": family, "lr": 4e-4, "reg_lambda": 0.08 if pulled else 0.0}
+            curve = _curve(0.9 - 0.1 * weaker, 0.3 - 0.05 * place)
+            points = [[entry["domain"], entry["general"]] for entry in curve]
+            steps = [entry["step"] for entry in curve]
+            runs.append({"arm": arm, "label": label, "steps": steps, "points": {"test": points, "validation": points}})
+            rise = 0.2 - 0.03 * place
+            row = {"arm": label, "family": family, "chosen": not weaker, "start": "general phase"}
+            row |= {"general_before": 2.4, "general_after": points[-1][1], "forgetting": points[-1][1] - 2.4}
+            row |= {"domain": points[-1][0], "general_at_level": None if weaker else 2.4 + rise}
+            row |= {"forgetting_at_level": None if weaker else rise, "optimizer_ms": 2.1, "step_ms": 49.0}
+            rows.append(row | {"extra_bytes": 8.0 if pulled else 0.0})
+            ends |= {} if weaker else {family: rise}
+    modules = [entry for entry in _coefficients()["modules"] if not lora or "proj" in entry["module"]]
+    layers = dict.fromkeys(entry["name"].removesuffix(".weight") if lora else entry["layer"] for entry in modules)
+    weights = {layer: (place + 1) / sum(range(1, len(layers) + 1)) for place, layer in enumerate(layers)}
+    held = {row["arm"]: row["family"] for row in rows if row["chosen"] and row["family"] != "plain LoRA"}
+    found = {
+        "kind": "demo",
+        "versions": {"alr_kernels": "0.0.0"},
+        "machine": {"cpu": "a processor", "threads": 2},
+        "options": {"arch": "llama", "seed": 0, "adapter": None, "fast": False},
+        "seconds": {"set_up": 2.0, "study": 180.0},
+        "corpus": {kind: {"train": {"bytes": 900, "sources": ["a.py"]}} for kind in ("general", "domain")},
+        "space": "lora" if lora else "full",
+        "parameters": 800_000,
+        "trained_parameters": 20_000 if lora else 800_000,
+        "before": {start: {"general test": 2.4} for start in ("base model", "general phase")},
+        "importance": {"method": "path_integral", "steps": 400, "artifact_bytes": 3_200_000},
+        "coefficients": dict.fromkeys(("softmax", "proportional", "uniform"), weights),
+        "pull": _coefficients() | {"modules": modules},
+        "movement": {label: {"family": family, **_moves(2.0 * ("ALR" in label))} for label, family in held.items()},
+        "selection": {"rule": "uniform", "chosen": {row["family"]: row["arm"] for row in rows if row["chosen"]}},
+        "few_bytes": [],
+        "shared_level": 2.3,
+        "rows": rows,
+        "general_at_shared_level": {family: 2.4 + rise for family, rise in ends.items()},
+        "at_shared_level": ends,
+        "frontier_at_shared_level": ends,
+        "verdict": {family: {"holds": True, "beaten_by": []} for family in ("ALR coupled", "ALR proximal")},
+        "runs": runs,
+    }
+    facts = {"r": 8, "alpha": 32, "targets": ["q_proj", "v_proj"], "model_bytes": 3_200_000, "artifact_share": 0.4}
+    return found | ({"lora": facts} if lora else {})
+
+
+def demo_lora() -> dict:
+    """Return results of the demo in LoRA's space."""
+    return demo(lora=True)
+
+
+CASES: dict[str, Callable[[], dict]] = {
+    case.__name__: case for case in (run, without_general, without_baseline, without_pull, demo, demo_lora)
+}
+
+
+def written(case: str, folder: Path) -> Path:
+    """Write a case's results and its page, without pictures, into a folder; return the page."""
+    (folder / "results.json").write_text(json.dumps(CASES[case]()), encoding="utf-8")
+    (folder / "index.html").write_text(html(page_of(folder)), encoding="utf-8")
+    return folder / "index.html"
+
+
+def drawn(case: str) -> list[str]:
+    """Return the charts that a case has."""
+    if case.startswith("demo"):
+        return ["forgetting", "curves", "coefficients", "pull", "movement", "cost"]
+    absent = {"without_general": ("tradeoff",), "without_pull": ("coefficients", "movement")}.get(case, ())
+    return [key for key in ("curves", "tradeoff", "loss", "coefficients", "movement", "cost") if key not in absent]

@@ -202,11 +202,11 @@ def test_all_arms_are_in_the_table(fast):
 def test_output_fits_the_width_and_names_the_files(fast):
     folder, output, result = fast
     assert max(map(len, output.replace(str(folder), "").splitlines())) <= 110
-    for name in ("importance.safetensors", "results.json", "forgetting.png", "coefficients.png"):
+    for name in ("importance.safetensors", "results.json", "report/index.html"):
         assert name in output
         assert (folder / name).stat().st_size > 500
-    assert (folder / "forgetting.png").read_bytes().startswith(PNG)
-    assert (folder / "coefficients.png").read_bytes().startswith(PNG)
+    for name in ("forgetting", "curves", "coefficients", "pull", "movement", "cost"):
+        assert (folder / "report" / f"{name}.png").read_bytes().startswith(PNG)
     assert f"{result['importance']['artifact_bytes']:,}" in output
 
 

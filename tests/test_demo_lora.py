@@ -99,10 +99,10 @@ def test_output_fits_the_width_and_names_the_files(fast):
     folder, output, _, _ = fast
     assert max(map(len, output.replace(str(folder), "").splitlines())) <= 110
     assert "Warning" not in output
-    for name in ("importance.safetensors", "results.json", "forgetting.png", "coefficients.png", "base", "adapter"):
+    for name in ("importance.safetensors", "results.json", "report/index.html", "base", "adapter"):
         assert name in output
         assert (folder / name).exists()
-    assert (folder / "forgetting.png").read_bytes().startswith(PNG)
+    assert (folder / "report" / "forgetting.png").read_bytes().startswith(PNG)
 
 
 def test_the_artifact_is_in_effective_space(fast):

@@ -15,6 +15,7 @@ import refusals_importance
 import refusals_lora
 import refusals_lora_optim
 import refusals_planning
+import refusals_report
 import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
@@ -61,11 +62,12 @@ from alr_kernels import (
     _validate_integrations,
     _validate_lora,
     _validate_planning,
+    _validate_report,
     layer_coefficients,
 )
 
 CHECKS = (_validate, _validate_backward, _validate_distributed, _validate_importance, _validate_integrations)
-SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning))
+SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning, _validate_report))
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -315,7 +317,7 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 }  # fmt: skip
-OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning)
+OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning, refusals_report)
 for module in (refusals_backward, refusals_distributed, *OTHERS):
     REFUSED |= module.REFUSED
 REFUSED |= SHARDED | OF_TRAINERS

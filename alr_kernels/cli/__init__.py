@@ -14,6 +14,7 @@ from .demo import demo
 from .doctor import doctor
 from .inspect import inspect
 from .plan import plan
+from .report import report
 
 app = typer.Typer(
     name="alr-kernels",
@@ -45,3 +46,4 @@ app.command()(plan)
 app.command()(inspect)
 app.command()(compare)
 app.command()(convert)
+app.command()(report)

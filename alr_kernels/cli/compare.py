@@ -23,7 +23,7 @@ def compare(
     ] = 2**20,
     seed: Annotated[int, typer.Option(min=0, help="Of the sample.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.", hidden=True)] = False,
 ) -> None:
     """Tell whether two importance files agree about what matters, by layer and in all.
 
@@ -38,7 +38,7 @@ def compare(
 
       alr-kernels compare importance.safetensors importance-int4.safetensors --by module
     """
-    with clean("compare", debug=debug):
+    with clean("compare", debug):
         from .. import _validate_inspection
         from ..importance import Importance
         from ..importance.comparison import PASSES

@@ -52,7 +52,7 @@ def convert(
     dtype: Annotated[Form | None, typer.Option(help="How to keep it. (default: as it is)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.", hidden=True)] = False,
 ) -> None:
     """Make an importance file of others: select, rename, normalize, merge and encode, in this order.
 
@@ -67,7 +67,7 @@ def convert(
 
       alr-kernels convert adapter.safetensors --rename base_model.model.= --select '*.q_proj.*' --out q.safetensors
     """
-    with clean("convert", debug=debug):
+    with clean("convert", debug):
         from .. import _validate_inspection
         from ..importance import Importance
         from ..importance.conversion import convert as converted

@@ -27,7 +27,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Fixes the model and every batch: same seed, same table.")] = 0,
     fast: Annotated[bool, typer.Option("--fast", help="Seconds instead of minutes: shows that all runs.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for results. [default: demo-results/ARCH(-lora)-seedSEED]")
+        Path | None, typer.Option(help="Folder for results. (default: demo-results/ARCH(-lora)-seedSEED)")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's choice.")] = 0,
     lora: Annotated[bool, typer.Option("--lora", help="Train LoRA adapters (PEFT) instead of all weights.")] = False,
@@ -94,7 +94,8 @@ def _run(arch: str, seed: int, fast: bool, lora: bool, folder: Path, threads: in
 
         from ..demo.settings import Settings
         from ..demo.study import study
-        from ..report import forgetting_plots, forgetting_table
+        from ..report import demo_page, forgetting_table
+        from ..report.page import write
 
     if threads:
         torch.set_num_threads(threads)
@@ -112,10 +113,13 @@ def _run(arch: str, seed: int, fast: bool, lora: bool, folder: Path, threads: in
         result = study(settings, folder, phase)
     results = folder / "results.json"
     results.write_text(json.dumps(result, indent=1) + "\n")
-    files = [folder / "importance.safetensors", results, *forgetting_plots.write(result, folder)]
+    index, *_ = write(demo_page.page(result), folder / "report")
+    files = [folder / "importance.safetensors", results, index]
     files += [folder / "base", folder / "adapter"] if lora else []
     console.print(forgetting_table.table(result))
     console.print(forgetting_table.few_bytes(result))
-    for paragraph in forgetting_table.explanation(result, fast):
+    for paragraph in forgetting_table.explanation(result):
         console.print(f"\n{paragraph}", highlight=False)
-    console.print(f"\nWritten to {folder}/: " + ", ".join(path.name for path in files), highlight=False)
+    console.print(
+        f"\nWritten to {folder}/: " + ", ".join(str(path.relative_to(folder)) for path in files), highlight=False
+    )

@@ -47,7 +47,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw all of it into this .png file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page that works offline into this folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every tensor.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.", hidden=True)] = False,
 ) -> None:
     """Show what an importance file holds: where the pull will be, and what an encoding costs.
 
@@ -61,7 +61,7 @@ def inspect(
 
       alr-kernels inspect importance.safetensors --coeffs uniform --encodings none --html page/
     """
-    with clean("inspect", debug=debug):
+    with clean("inspect", debug):
         found = _inspected(file, coeffs.value, temperature, by and by.value, encodings, top, plot, as_json)
         written = _drawn(found, plot, html)
         if as_json:
@@ -100,13 +100,10 @@ def _inspected(
 def _drawn(found: Any, plot: Path | None, html: Path | None) -> list[Path]:
     if plot is None and html is None:
         return []
-    from .. import _validate_inspection
-
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as missing:
-        _validate_inspection.needs_matplotlib("plot" if html is None else "html", missing)
+    from .. import _validate_report
     from ..report import importance_page
+
+    _validate_report.matplotlib()
 
     return [
         *([] if plot is None else [importance_page.draw(found, plot)]),

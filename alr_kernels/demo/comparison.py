@@ -67,7 +67,9 @@ def compare(runs: Sequence[Run], chosen: dict[str, str]) -> dict[str, Any]:
         "at_shared_level": {family: row["forgetting_at_level"] for family, row in at_level.items()},
         "frontier_at_shared_level": {family: _rise(pooled[family], row) for family, row in at_level.items()},
         "verdict": verdict(rows),
-        "runs": [{"arm": asdict(run.arm), "label": run.arm.label, "points": run.points} for run in runs],
+        "runs": [
+            {"arm": asdict(run.arm), "label": run.arm.label, "steps": run.steps, "points": run.points} for run in runs
+        ],
     }
 
 

@@ -55,6 +55,7 @@ class Settings:
     pull_lr: float = 4e-4
     l2sp_lambdas: tuple[float, ...] = (0.01, 0.02, 0.04)
     alr_lambdas: tuple[float, ...] = (0.08, 0.16, 0.32)
+    fast: bool = False  # too short to compare arms
 
     @classmethod
     def of(cls, arch: str, seed: int, *, lora: bool = False, fast: bool = False) -> Settings:
@@ -66,6 +67,7 @@ class Settings:
 
 
 FAST: dict[str, object] = {
+    "fast": True,
     "corpus_bytes": 60_000,
     "width": 64,
     "layers": 2,

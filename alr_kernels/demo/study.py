@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alr_kernels import _environment, layer_coefficients
+from alr_kernels.finetune.movement import coefficient_rows
 from alr_kernels.names import LayerBy, layer_of
 
 from . import corpus, models
@@ -18,7 +19,7 @@ from .comparison import best, choose, compare, level_of
 from .frontier import general_at
 from .settings import ADAMW, BASE, COUPLED, FRESH, GENERAL, L2SP, PROXIMAL, RULES, THEN, Settings
 from .subjects import Phase, Subject, prepare, save_adapter
-from .training import Arm, Run, tune
+from .training import Arm, Run, moves, tune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,6 +97,7 @@ def study(settings: Settings, out: Path, phase: Phase) -> dict[str, Any]:
     if settings.adapter is not None:
         save_adapter(subject, proximal.weights, out / "adapter")
     return {
+        "kind": "demo",
         "versions": _environment.versions(),
         "machine": {**_environment.machine(), "threads": torch.get_num_threads()},
         "options": asdict(settings),
@@ -103,6 +105,8 @@ def study(settings: Settings, out: Path, phase: Phase) -> dict[str, Any]:
         "corpus": {"general": _corpus_facts(general), "domain": _corpus_facts(domain)},
         **subject.facts(settings, out),
         "coefficients": _coefficients(subject),
+        "pull": _pull(subject, selection["rule"]),
+        "movement": _movement(subject, runs, selection["chosen"]),
         "selection": selection,
         "few_bytes": few_bytes,
         **compare(runs, selection["chosen"]),
@@ -117,6 +121,21 @@ def _coefficients(subject: Subject) -> dict[str, dict[str, float]]:
     layers = dict.fromkeys(layer_of(name, by) for name in names)
     found = {rule: layer_coefficients(subject.recorded, rule, by=by) for rule in RULES}
     return {rule: {layer: values[layer] for layer in layers} for rule, values in found.items()}
+
+
+def _pull(subject: Subject, rule: str) -> dict[str, Any]:
+    """Return how the rule that was chosen spreads the pull over layers and modules."""
+    by: LayerBy = "block" if subject.pairs is None else "module"
+    return coefficient_rows(subject.recorded, layer_coefficients(subject.recorded, rule, by=by))
+
+
+def _movement(subject: Subject, runs: Sequence[Run], chosen: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return label → family, and moves by importance, of the chosen runs that start where importance was recorded."""
+    return {
+        run.arm.label: {"family": run.arm.family, **moves(subject, run).as_dict()}
+        for run in runs
+        if run.arm.label == chosen[run.arm.family] and run.arm.start == GENERAL
+    }
 
 
 def _corpus_facts(texts: corpus.Corpus) -> dict[str, Any]:

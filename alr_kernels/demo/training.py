@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alr_kernels import AlrAdamW, Importance
+from alr_kernels.finetune.movement import Movement
 
 from . import models
 from .frontier import Point
@@ -57,6 +58,7 @@ class Run:
     arm: Arm
     before: dict[str, float]  # set → NLL at the start
     points: dict[str, list[Point]]  # split → (domain NLL, general NLL), from the start on
+    steps: list[int] = field(default_factory=list)  # of tuning that were done at each point
     final: dict[str, float] = field(default_factory=dict)  # set → NLL at the end
     optimizer_ms: float = 0.0  # median of optimizer.step()
     step_ms: float = 0.0  # median of forward, backward and optimizer.step()
@@ -125,7 +127,7 @@ def tune(
     models.restore(model, start.weights)
     optimizer = build_optimizer(subject, arm)
     run = Run(arm, start.before, {split: [] for split in ("validation", "test")})
-    _note(run, start.before)
+    _note(run, 0, start.before)
     whole, inside = [], []
     for step in range(1, steps + 1):
         optimizer.param_groups[0]["lr"] = arm.lr * min(1.0, step / WARMUP)
@@ -142,7 +144,7 @@ def tune(
         run.losses.append(float(loss.detach()))
         tick()
         if step % evaluate_every == 0 or step == steps:
-            _note(run, models.evaluate(model, sets))
+            _note(run, step, models.evaluate(model, sets))
     run.optimizer_ms, run.step_ms = statistics.median(inside), statistics.median(whole)
     run.held_bytes, run.extra_bytes = bytes_per_parameter(model, optimizer)
     run.coeffs = dict(optimizer.coeffs or {})
@@ -150,10 +152,19 @@ def tune(
     return run
 
 
-def _note(run: Run, found: Mapping[str, float]) -> None:
+def _note(run: Run, step: int, found: Mapping[str, float]) -> None:
     run.final = dict(found)
+    run.steps.append(step)
     for split, points in run.points.items():
         points.append((found[f"domain {split}"], found[f"general {split}"]))
+
+
+def moves(subject: Subject, run: Run) -> Movement:
+    """Return how far a run took the weights from where it began, by their recorded importance."""
+    models.restore(subject.model, run.weights)
+    # Of any arm: what reads weights by importance is an optimizer that knows the pairs of LoRA.
+    reader = AlrAdamW(models.trained(subject.model), subject.recorded, lora=subject.pairs)
+    return Movement.of_optimizer(reader, anchor=subject.starts[run.arm.start].weights)
 
 
 def bytes_per_parameter(model: nn.Module, optimizer: AlrAdamW) -> tuple[float, float]:

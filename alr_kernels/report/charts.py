@@ -27,11 +27,14 @@ def learning(key: str, title: str, note: str, shown: Sequence[tuple[str, str, Se
     """
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import MaxNLocator
+
         axes = drawing.panels(figure, len(shown), sharex=True)
         for place, (heading, _, series) in zip(axes, shown, strict=True):
             drawing.lines(place, series)
             place.set_title(heading)
             place.set_xlabel("optimizer step")
+            place.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             place.set_ylabel(unit)
         for place in axes[:-1] if drawing.is_narrow(figure) else ():
             place.set_xlabel("")
@@ -70,7 +73,8 @@ def tradeoff(
         if top is not None:
             axes.set_ylim(top=top)
         axes.invert_xaxis()
-        axes.set_xlabel(f"{labels[0]}: training goes to the right")
+        joint = "\n" if drawing.is_narrow(figure) else ": "
+        axes.set_xlabel(f"{labels[0]}{joint}training goes to the right")
         axes.set_ylabel(labels[1])
         drawing.legend(figure, axes)
 
@@ -128,10 +132,12 @@ def pull(key: str, title: str, note: str, modules: Sequence[Mapping[str, Any]]) 
         shares[place] = shares.get(place, 0.0) + 100 * entry["share"]
     cells = [[shares.get((layer, column)) for column in columns] for layer in layers]
 
+    strongest = max(shares.values())
+
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        drawing.heat_map(axes, shortened(layers), heads, cells)
-        axes.set_title("share of the pull, %")
+        drawing.heat_map(axes, shortened(layers), heads, cells, 1 if strongest > 2 else 2)
+        axes.set_title(f"share of the pull, % (strongest: {strongest:.3g})")
 
     rows: list[list[Cell]] = [
         [entry["layer"], entry["module"], entry["alpha"], entry["mass"], 100 * entry["share"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.table import Table
 from ..demo.settings import FRESH, OURS
 
 
-def table(result: dict[str, Any]) -> Table:
+def table(result: Mapping[str, Any]) -> Table:
     """Return the table of all arms on the test texts, at most 110 columns wide."""
     level, lora = result["shared_level"], result["space"] == "lora"
     what = f"LoRA r {result['lora']['r']} on a model of " if lora else ""
@@ -50,7 +51,7 @@ def _headings(level: float, lora: bool) -> tuple[str, ...]:
     return (*first, "forgot", "domain\nNLL", *last)
 
 
-def few_bytes(result: dict[str, Any]) -> Table:
+def few_bytes(result: Mapping[str, Any]) -> Table:
     """Return the table of the chosen proximal run in fewer bytes."""
     lora = result["space"] == "lora"
     kept = ("importance_dtype",) if lora else ("importance_dtype", "anchor_dtype", "state_dtype")
@@ -87,7 +88,7 @@ def few_bytes(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], result: Mapping[str, Any]) -> list[str]:
     first = [
         ("→ " if row["chosen"] else "  ") + row["arm"],
         f"{row['general_before']:.3f}",
@@ -110,11 +111,11 @@ def _cells(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _rivals(result: dict[str, Any]) -> list[str]:
+def _rivals(result: Mapping[str, Any]) -> list[str]:
     return [family for family in result["at_shared_level"] if family not in OURS]
 
 
-def verdict_line(result: dict[str, Any]) -> str:
+def verdict_line(result: Mapping[str, Any]) -> str:
     """Say in one line whether ALR forgot less than every rival, and which rivals it did not beat."""
     lora = result["space"] == "lora"
     failing = {family: entry["beaten_by"] for family, entry in result["verdict"].items() if not entry["holds"]}
@@ -128,7 +129,7 @@ def verdict_line(result: dict[str, Any]) -> str:
     return f"ALR does NOT win everywhere here: {'. '.join(parts)}."
 
 
-def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
+def explanation(result: Mapping[str, Any]) -> list[str]:
     """Return the closing paragraphs: what was compared, what came out, and how it was chosen."""
     lora, level = result["space"] == "lora", result["shared_level"]
     frontier = _listed(result["frontier_at_shared_level"])
@@ -146,7 +147,7 @@ def explanation(result: dict[str, Any], fast: bool = False) -> list[str]:
         said.append(f"These runs never reached that domain NLL and are not compared there: {'; '.join(missed)}.")
     if lora:
         said.append(_artifact(result))
-    if fast:
+    if result["options"]["fast"]:
         said.append("--fast is too short to compare arms: it shows that all of it runs.")
     return said
 
@@ -155,12 +156,12 @@ def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{family} {value:.3f}" for family, value in values.items())
 
 
-def _outcome(result: dict[str, Any]) -> str:
+def _outcome(result: Mapping[str, Any]) -> str:
     said = " ".join(_less(result, family, _rivals(result)) for family in OURS)
     return f"had risen by: {_listed(result['at_shared_level'])} nats. {said}"
 
 
-def _lora_outcome(result: dict[str, Any]) -> str:
+def _lora_outcome(result: Mapping[str, Any]) -> str:
     """Compare general NLL with all; how much was forgotten only among arms of one start."""
     before, general = result["before"], result["general_at_shared_level"]
     gaps = ", ".join(f"{family} {general[family] - general[FRESH]:+.3f}" for family in general if family != FRESH)
@@ -173,7 +174,7 @@ def _lora_outcome(result: dict[str, Any]) -> str:
     )
 
 
-def _artifact(result: dict[str, Any]) -> str:
+def _artifact(result: Mapping[str, Any]) -> str:
     facts, size = result["lora"], result["importance"]["artifact_bytes"]
     return (
         f"LoRA: r {facts['r']}, alpha {facts['alpha']} on {', '.join(facts['targets'])}: "
@@ -182,7 +183,7 @@ def _artifact(result: dict[str, Any]) -> str:
     )
 
 
-def _less(result: dict[str, Any], family: str, rivals: list[str]) -> str:
+def _less(result: Mapping[str, Any], family: str, rivals: list[str]) -> str:
     """Say how the family compares with its rivals, in per cent where that makes sense."""
     at_level = result["at_shared_level"]
     ours = at_level[family]

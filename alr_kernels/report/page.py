@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .. import _validate_report
 from . import style, svg
 from .svg import NARROW, WIDE, Draw, escaped
 
@@ -113,7 +114,11 @@ def write(page: Page, folder: Path) -> list[Path]:
     """Write the page and its charts' pictures into the folder, which is made if need be; return their paths.
 
     ``index.html`` comes first in the list, and is written last.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
+    _validate_report.matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [chart for chart in page.charts if isinstance(chart, Chart)]
     pictures = [_whole(folder / f"{chart.key}.png", partial(svg.png, chart.draw, chart.height[0])) for chart in drawn]

@@ -20,7 +20,7 @@ section{background:var(--surface);border:1px solid var(--grid);border-radius:.6r
 margin:0 0 1rem}
 section p{margin:.3rem 0 .6rem;max-width:70ch;overflow-wrap:break-word}
 .absent p{color:var(--muted);margin-bottom:0}
-.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:0 1.5rem;margin:.4rem 0 1rem}
+.numbers{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.7rem,1fr));gap:0 1.5rem;margin:.4rem 0 1rem}
 .numbers>div{display:grid;grid-template-rows:subgrid;grid-row:span 2}
 .numbers dt{align-self:end;color:var(--muted);font-size:.875rem}
 .numbers dd{margin:0 0 .8rem;line-height:1.3}
