@@ -146,7 +146,7 @@ def renaming(value: str) -> tuple[str, str]:
     if not sign or old == new:
         raise ValueError(
             f"rename: expected OLD=NEW, two different beginnings of names of which one may be empty, got {value!r}; "
-            "for instance base_model.model.=  or  =model."
+            "for instance layers.=model.layers. or =model. (before every name)."
         )
     return old, new
 

@@ -27,16 +27,19 @@ def compare(
 ) -> None:
     """Tell whether two importance files agree about what matters, by layer and in all.
 
-    Rank correlation (Spearman; equal values share a rank) asks for the same order, log correlation for the same
-    magnitudes where both are positive, cosine for the same pull, the overlap for the same most important weights
-    (ties count by their part), and ΣΩ B / A is the ratio of scales. Forms may differ: what is encoded is decoded piece
-    by piece. Exit code 1: no tensor has the same name in both; 2: their shapes differ.
+    Rank correlation (Spearman; equal values share a rank) asks for the same
+    order, log correlation for the same magnitudes where both are positive,
+    cosine for the same pull, and top 1 % shared for the same most important
+    weights. ΣΩ B / A is the ratio of scales. The two may be encoded in
+    different ways; they are decoded piece by piece.
+
+    Exit code 1: no tensor has the same name in both; 2: their shapes differ.
 
     Examples:
 
       alr-kernels compare recorded.safetensors fisher.safetensors
 
-      alr-kernels compare importance.safetensors importance-int4.safetensors --by module
+      alr-kernels compare importance.safetensors int4.safetensors --by module
     """
     with clean("compare", debug):
         from .. import _validate_inspection

@@ -33,7 +33,7 @@ class Rule(str, Enum):
 
 
 def convert(
-    files: Annotated[list[Path], typer.Argument(metavar="IN...", help="One importance file, or several to merge.")],
+    files: Annotated[list[Path], typer.Argument(metavar="IN", help="One importance file, or several to merge.")],
     out: Annotated[Path, typer.Option(help="File to write, ending in .safetensors.")],
     select: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors of these names: '*.q_proj.weight'.")
@@ -56,16 +56,19 @@ def convert(
 ) -> None:
     """Make an importance file of others: select, rename, normalize, merge and encode, in this order.
 
-    Tensor by tensor, so that files may be larger than memory. OUT appears whole or not at all, and may be one of the
-    inputs with --overwrite. What is printed includes the error of encoding. An option without effect is refused.
+    Tensor by tensor, so that files may be larger than memory. OUT appears
+    whole or not at all, and may be one of the inputs with --overwrite. What
+    encoding loses is printed. An option that has no effect is refused.
 
     Examples:
 
-      alr-kernels convert importance.safetensors --dtype int4 --out small.safetensors
+      alr-kernels convert a.safetensors --dtype int4 --out small.safetensors
 
-      alr-kernels convert first.safetensors second.safetensors --merge decayed --weight 0.9 --out both.safetensors
+      alr-kernels convert a.safetensors b.safetensors --merge decayed \\
+        --weight 0.9 --out both.safetensors
 
-      alr-kernels convert adapter.safetensors --rename base_model.model.= --select '*.q_proj.*' --out q.safetensors
+      alr-kernels convert a.safetensors --select '*.q_proj.*' \\
+        --rename layers.=model.layers. --out q.safetensors
     """
     with clean("convert", debug):
         from .. import _validate_inspection

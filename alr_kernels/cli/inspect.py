@@ -38,9 +38,8 @@ def inspect(
     encodings: Annotated[
         str,
         typer.Option(
-            help="Read every value: int8, int4, rank1 measure what each would lose, kept compares what is kept with "
-            "the original's statistics; several with commas, all, or none for the header alone. (auto: all, in files "
-            "of up to 2^28 elements)"
+            help="What to read every value for: int8,int4,rank1: what each would lose; kept: how what is kept differs "
+            "from the original's statistics; all; none: the header alone. auto: all, in files of up to 2^28 elements."
         ),
     ] = "auto",
     top: Annotated[int | None, typer.Option(min=1, help="Tensors listed, by share. (default: 10)")] = None,
@@ -51,15 +50,19 @@ def inspect(
 ) -> None:
     """Show what an importance file holds: where the pull will be, and what an encoding costs.
 
-    For each layer: its coefficient α, its share of the pull (α·Ω), mass, mean and largest Ω, how much of the recorded ω
-    was negative, a histogram by powers of 4, encoding errors and bytes. Files larger than memory are read piece by
-    piece. Exit code 1: the file is readable, but its values or statistics are not what they should be.
+    For each layer: its coefficient α, its share of the pull (α·Ω), mass, mean
+    and largest Ω, how much of the recorded ω was negative, a histogram by
+    powers of 4, encoding errors and bytes. Files larger than memory are read
+    piece by piece.
+
+    Exit code 1: the file can be read, but values or statistics in it are not
+    what they have to be.
 
     Examples:
 
       alr-kernels inspect importance.safetensors
 
-      alr-kernels inspect importance.safetensors --coeffs uniform --encodings none --html page/
+      alr-kernels inspect importance.safetensors --coeffs uniform --html page
     """
     with clean("inspect", debug):
         found = _inspected(file, coeffs.value, temperature, by and by.value, encodings, top, plot, as_json)
