@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import math
 import re
 import traceback
 from pathlib import Path
 
 import pytest
-import refusals_backward
-import refusals_distributed
-import refusals_importance
-import refusals_lora
-import refusals_lora_optim
-import refusals_planning
-import refusals_report
 import torch
 from cases import BF16, assert_unchanged, random_importance, snapshot, tiny_loss, tiny_model, tiny_optimizer, train
 from refusals import (
@@ -47,27 +41,12 @@ from refusals import (
     with_importance,
     wrong_gradient_shape,
 )
-from refusals_trainers import REFUSED as OF_TRAINERS
 from torch import nn
 
-from alr_kernels import (
-    AlrAdamW,
-    DynamicCoeffs,
-    Importance,
-    _ops,
-    _validate,
-    _validate_backward,
-    _validate_distributed,
-    _validate_importance,
-    _validate_integrations,
-    _validate_lora,
-    _validate_planning,
-    _validate_report,
-    layer_coefficients,
-)
+from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, _ops, _validate, layer_coefficients
 
-CHECKS = (_validate, _validate_backward, _validate_distributed, _validate_importance, _validate_integrations)
-SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning, _validate_report))
+ELSEWHERE = {"_validate_estimators.py"}  # what estimators refuse is in tests/test_estimators.py
+SOURCES = tuple(p for p in sorted(Path(_validate.__file__).parent.glob("_validate*.py")) if p.name not in ELSEWHERE)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -317,10 +296,11 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 }  # fmt: skip
-OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning, refusals_report)
-for module in (refusals_backward, refusals_distributed, *OTHERS):
-    REFUSED |= module.REFUSED
-REFUSED |= SHARDED | OF_TRAINERS
+for path in sorted(Path(__file__).parent.glob("refusals_*.py")):
+    more = importlib.import_module(path.stem).REFUSED
+    assert not REFUSED.keys() & more.keys(), f"{path.name} names a case that is in another table"
+    REFUSED |= more
+REFUSED |= SHARDED
 
 
 @pytest.mark.parametrize("what", REFUSED)
