@@ -49,6 +49,8 @@ def _row(flags: str, explained: str) -> str:
     if found := DEFAULT.search(explained):
         explained, default = explained[: found.start()], found[1]
     default = default.removeprefix("default: ")
+    if explained.endswith(" (required)"):  # by flag or by --config
+        explained, default = explained.removesuffix(" (required)"), "required"
     shown = "**required**" if default == "required" else _cell(default)
     names, _, kind = flags.partition(" <")
     kind = f" <{kind}" if kind else ""
@@ -56,9 +58,11 @@ def _row(flags: str, explained: str) -> str:
 
 
 def _prose(text: str) -> str:
-    """Take typer's own line breaks out and leave its paragraphs."""
-    text = text.replace("\b", "").replace("\f", "")
-    return "\n\n".join(" ".join(part.split()) for part in re.split(r"\n\s*\n", text.strip()))
+    """Take typer's own line breaks out, and leave paragraphs; indented ones are code."""
+    parts = re.split(r"\n\s*?\n(?=\S| )", text.replace("\b", "").replace("\f", "").strip("\n"))
+    return "\n\n".join(
+        part.strip("\n") if part.startswith("    ") else " ".join(part.split()) for part in parts if part.strip()
+    )
 
 
 def _cell(text: str) -> str:
