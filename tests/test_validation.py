@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import refusals_backward
+import refusals_data
 import refusals_distributed
 import refusals_importance
 import refusals_lora
@@ -49,23 +50,10 @@ from refusals import (
 from refusals_trainers import REFUSED as OF_TRAINERS
 from torch import nn
 
-from alr_kernels import (
-    AlrAdamW,
-    DynamicCoeffs,
-    Importance,
-    _ops,
-    _validate,
-    _validate_backward,
-    _validate_distributed,
-    _validate_importance,
-    _validate_integrations,
-    _validate_lora,
-    _validate_planning,
-    layer_coefficients,
-)
+from alr_kernels import AlrAdamW, DynamicCoeffs, Importance, _ops, _validate, layer_coefficients
 
-CHECKS = (_validate, _validate_backward, _validate_distributed, _validate_importance, _validate_integrations)
-SOURCES = tuple(Path(module.__file__) for module in (*CHECKS, _validate_lora, _validate_planning))
+ELSEWHERE = {"_validate_estimators.py"}  # what estimators refuse is in tests/test_estimators.py
+SOURCES = tuple(p for p in sorted(Path(_validate.__file__).parent.glob("_validate*.py")) if p.name not in ELSEWHERE)
 
 # what → (call with a context of model, optimizer and importance; exception; all these appear in the message, in order)
 REFUSED = {
@@ -315,7 +303,7 @@ REFUSED = {
         "backend='native'.*float64.*reference.*auto",
     ),
 }  # fmt: skip
-OTHERS = (refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning)
+OTHERS = (refusals_data, refusals_importance, refusals_lora, refusals_lora_optim, refusals_planning)
 for module in (refusals_backward, refusals_distributed, *OTHERS):
     REFUSED |= module.REFUSED
 REFUSED |= SHARDED | OF_TRAINERS
