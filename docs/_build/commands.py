@@ -36,7 +36,7 @@ def _section(name: str, command: Any, parent: Any) -> str:
             panels.setdefault(title, []).append(_row(*record))
     for title, rows in panels.items():
         if len(panels) > 1:
-            parts.append(f"### {title} {{ #{name}-{'-'.join(title.lower().split())} }}")
+            parts.append(f"**{title}**")
         parts.append("\n".join(["| option | what it is | default |", "|---|---|---|", *rows]))
     return "\n\n".join(parts)
 
