@@ -136,14 +136,6 @@ def estimator_of_all(method: str, what: str) -> NoReturn:
     )
 
 
-def something_recorded(after: float, steps: int) -> None:
-    if int(after * steps) >= steps:
-        raise ValueError(
-            f"--record-after {after}: expected steps that are recorded, got none of {steps}; lower it, or raise "
-            "--steps."
-        )
-
-
 def out_is_model(out: str, model: str) -> NoReturn:
     raise ValueError(f"--out {out}: expected another folder than that of --model {model}, which stays as it is.")
 

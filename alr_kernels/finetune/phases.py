@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _ranks, _validate_models
+from .. import _ranks
 from ..importance import Importance
 from . import card, results
 from .config_file import yaml
@@ -256,7 +256,6 @@ def _trained(
     )  # fmt: skip
     phase.work.mkdir(parents=True, exist_ok=True)
     trainer = PhaseTrainer(phase)
-    _validate_models.something_recorded(record_after, trainer.args.max_steps)
     trainer.run(job.resumed)
     return trainer
 
