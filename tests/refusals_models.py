@@ -15,7 +15,7 @@ from alr_kernels import Importance, _validate_models
 from alr_kernels.finetune import models
 from alr_kernels.finetune.job import Job
 from alr_kernels.finetune.options import ModelOptions
-from alr_kernels.finetune.outcome import Place
+from alr_kernels.finetune.outcome import OF_TUNE, Place
 
 
 @cache
@@ -29,6 +29,8 @@ def home():
     ones = {name: torch.ones(shape) for name, shape in shapes.items()}
     queries = {name: value for name, value in ones.items() if "q_proj" in name}
     Importance(queries, method="path_integral_tangent").save(folder / "of-lora.safetensors")
+    values = {name: value for name, value in ones.items() if "v_proj" in name}
+    Importance(queries | values, method="path_integral_tangent").save(folder / "two.safetensors")
     Importance({f"other.{name}": value for name, value in ones.items()}).save(folder / "other.safetensors")
     Importance({name: torch.ones(3, 3) for name in ones}).save(folder / "wider.safetensors")
     Importance(ones | {"score.weight": torch.ones(2, 2)}).save(folder / "more.safetensors")
@@ -86,6 +88,14 @@ def tune(importance, **options):
     return run("tune", importance=str(home() / importance), **options)
 
 
+@cache
+def within():
+    """A folder with a model in a subfolder that a run would delete."""
+    folder = Path(tempfile.mkdtemp())
+    shutil.copytree(home() / "llama", folder / "report" / "llama")
+    return folder
+
+
 def begun(folder=None):
     """A folder in which a run began."""
     folder = Path(folder or tempfile.mkdtemp())
@@ -96,7 +106,7 @@ def begun(folder=None):
 
 def remembered():
     """Go on with a run whose data have become others."""
-    place = Place.of_folder(begun())
+    place = Place.of_folder(begun(), OF_TUNE)
     job = Job(None, place, None, None, None, True, None, True)
     job.remember("--data", "0123456789abcdef0")
     job.remember("--data", "fedcba98765432100")
@@ -174,7 +184,26 @@ REFUSED = {
     ),
     "the model's own folder": (
         lambda c: run("tune", out=home() / "llama", reg_lambda=0.0, how={"overwrite": True}),
-        ValueError, "--out .*llama: expected another folder than that of --model",
+        ValueError, "--out .*llama: expected a folder that --model .*llama is not in",
+    ),
+    "the model within the folder": (
+        lambda c: run("tune", out=within(), model=within() / "report" / "llama", reg_lambda=0.0),
+        ValueError, "--model .*report/llama is not in",
+    ),
+    "the model's own folder to save to": (
+        lambda c: run("record", save_model=home() / "llama", how={"overwrite": True}),
+        ValueError, "--save-model .*llama: expected a folder that --model .*llama is not in",
+    ),
+    "a model's folder to save to": (
+        lambda c: run("record", save_model=home() / "halves"), FileExistsError, "--save-model: .*halves is there",
+    ),
+    "importance of other adapters": (
+        lambda c: tune("of-lora.safetensors", lora="targets=v_proj+up_proj"),
+        ValueError, "that of another one.*q_proj",
+    ),
+    "importance of more adapters": (
+        lambda c: tune("two.safetensors", lora="targets=q_proj"),
+        ValueError, r"recorded with LoRA, with 2 that have no adapter now: .*v_proj.*; pass the --lora targets it",
     ),
     "a folder with a model that no run left": (
         lambda c: run("tune", out=home() / "halves", reg_lambda=0.0, how={"overwrite": True}),
