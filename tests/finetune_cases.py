@@ -102,6 +102,24 @@ def settings(verb, **options):
     return resolve(verb, {name: value for name, value in given.items() if value is not None})
 
 
+def record(home, out, *, how=(), progress=None, **options):
+    given = {"model": str(home / "llama"), "data": str(home / "general.jsonl"), "out": str(out)} | options
+    from alr_kernels.finetune import phases
+
+    return phases.record(settings("record", **given), progress=progress, **dict(how))
+
+
+def tune(home, out, *, how=(), progress=None, **options):
+    given = {
+        "model": str(home / "llama"), "data": str(home / "domain.jsonl"), "general": str(home / "general.jsonl"),
+        "importance": str(home / "importance.safetensors"), "out": str(out),
+    }  # fmt: skip
+    given = {key: value for key, value in (given | options).items() if value is not None}
+    from alr_kernels.finetune import phases
+
+    return phases.tune(settings("tune", **given), progress=progress, **dict(how))
+
+
 def bytes_of(folder):
     """Return name → bytes of what a folder's model is made of."""
     names = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*.json")

@@ -68,7 +68,7 @@ def run(verb, folder, name, how, last=0, log=None):
         if verb != "record":
             given["general"] = str(folder / "general.jsonl")
         if verb == "tune":
-            given["importance"] = str(folder / "whole-record" / "out.safetensors")
+            given["importance"] = str(folder / "importance.safetensors")
         if verb == "record":
             given["save_model"] = str(out.parent / "model")
         getattr(phases, verb)(cases.settings(verb, **given), **how)
@@ -92,9 +92,8 @@ def left(home):
 
 
 def main(folder, verb, events):
-    for needed in dict.fromkeys(("record", verb)) if verb == "tune" else (verb,):
-        log = os.open(folder / f"count-{needed}", os.O_CREAT | os.O_RDWR)
-        assert in_child(run(needed, folder, f"whole-{needed}", {}, log=log)) == 0
+    log = os.open(folder / f"count-{verb}", os.O_CREAT | os.O_RDWR)
+    assert in_child(run(verb, folder, f"whole-{verb}", {}, log=log)) == 0
     total = int((folder / f"count-{verb}").read_text())
     whole = left(folder / f"whole-{verb}")
     wrong, resumed = [], 0

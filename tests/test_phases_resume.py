@@ -1,4 +1,4 @@
-"""Killed at any change of a file, or interrupted in any phase: nothing half is taken for whole, and the end is the same."""
+"""Killed at any change of a file, or interrupted in any phase: nothing half counts as whole, the end is the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import finetune_cases as cases
 import pytest
 import torch
+from finetune_cases import record, tune
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -29,6 +30,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
     cases.model_folder(folder / "llama")
     cases.texts(folder)
+    record(folder, folder / "importance.safetensors")
+    record(folder, folder / "of-lora.safetensors", lora="r=4,targets=q_proj+v_proj+up_proj")
     return folder
 
 
@@ -69,3 +72,29 @@ def test_run_goes_on_in_every_phase(home, tmp_path):
     assert importance[0] == importance[1]
     for key in ("before", "after", "plain", "summary", "movement", "coefficients"):
         assert found[key] == whole[key], key
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "balanced"])
+def test_tuning_resumes_with_the_same_bytes(home, tmp_path, kind):
+    options = {
+        "full": {"state_dtype": "bf16", "tune_importance_dtype": "int8", "batch": 16, "steps": 9},
+        "lora": {
+            "lora": "r=4,targets=q_proj+v_proj+up_proj,dropout=0.2",
+            "importance": str(home / "of-lora.safetensors"),
+        },
+        "balanced": {"rebalance_every": 2, "dtype": "bf16", "accumulate": 2, "batch": 2, "max_grad_norm": 0.1},
+    }[kind]
+    whole = tune(home, tmp_path / "whole", **options)
+    for step in (1, 4, 6):
+        how = {"resume": (tmp_path / "again").exists()}
+        with pytest.raises(Stopped):
+            tune(home, tmp_path / "again", how=how, progress=cases.Interrupting(tune=step), **options)
+        assert not (tmp_path / "again" / "config.json").exists()
+    found = tune(home, tmp_path / "again", how={"resume": True}, **options)
+    assert cases.bytes_of(tmp_path / "again") == cases.bytes_of(tmp_path / "whole")
+    for key in ("before", "after", "coefficients", "movement", "summary", "importance"):
+        assert found[key] == whole[key], key
+    assert [x | {"seconds": 0} for x in found["curves"]["tune"]] == [
+        x | {"seconds": 0} for x in whole["curves"]["tune"]
+    ]
+    assert found["log"] == whole["log"]
