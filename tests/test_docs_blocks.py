@@ -106,7 +106,7 @@ def test_the_blocks_of_a_page_run(tmp_path: Path, page: str) -> None:
         else:
             arguments = ["bash", "-ec", parts[0]]
         done = subprocess.run(
-            arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=180, check=False
+            arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, f"{parts[0]}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}"
 
