@@ -26,6 +26,11 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def first_on_machine() -> bool:
+    """Return whether this is the first of the processes that were launched on this machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @cache
 def extension_error() -> str | None:
     """Return why the C++ extension cannot be used, or None when it can."""

@@ -37,15 +37,19 @@ LESS_MEMORY = (
 
 
 @contextmanager
-def clean(verb: str, debug: bool = False) -> Iterator[None]:
-    """Turn errors that the user can mend into one line on stderr and exit code 2; ``debug`` lets them through.
+def clean(verb: str, debug: bool = False, silent: bool = False) -> Iterator[None]:
+    """Turn errors that the user can mend into one line on stderr and exit code 2; a bug shows its traceback.
 
-    A bug shows its traceback, and a line that says so.
+    Args:
+        verb: what begins the line.
+        debug: let errors through.
+        silent: say nothing of errors that the user can mend: another process of the job says the same.
     """
     try:
         yield
     except KeyboardInterrupt as stopped:
-        typer.echo(f"\n{_prefix(verb)}{_interrupted(stopped)}", err=True)
+        if _is_first():
+            typer.echo(f"\n{_prefix(verb)}{_interrupted(stopped)}", err=True)
         raise typer.Exit(130) from stopped
     except Exception as error:
         if debug or hasattr(error, "exit_code") or isinstance(error, BrokenPipeError):
@@ -59,7 +63,8 @@ def clean(verb: str, debug: bool = False) -> Iterator[None]:
             )
             typer.echo(_prefix(verb) + said, err=True)
             raise typer.Exit(1) from error
-        typer.echo(_prefix(verb) + said, err=True)
+        if not (silent or _told_by_rank_0(error)):
+            typer.echo(_prefix(verb) + said, err=True)
         raise typer.Exit(2) from error
 
 
@@ -156,6 +161,18 @@ def _interrupted(stopped: KeyboardInterrupt) -> str:
     if stopped.checkpoint is None:
         return f"{stopped}; nothing could be saved."
     return f"{stopped}, which is saved. The same command with --resume goes on from there."
+
+
+def _told_by_rank_0(error: Exception) -> bool:
+    """Whether this is rank 0's error, which every process of the job raises."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return not _is_first() and bool(frames) and frames[-1].name == "on_first"
+
+
+def _is_first() -> bool:
+    from .. import _environment
+
+    return _environment.launched()[0] == 0
 
 
 def _prefix(verb: str) -> str:

@@ -27,6 +27,7 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
     "BITSANDBYTES_NOWELCOME": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of what Trainer chose for it
 }
 EVERY, SHARE = 15.0, 10  # where no bar can be drawn: a line each so many seconds, and a tenth of a phase at least
 
@@ -69,13 +70,6 @@ def _is_ours() -> bool:
     return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
 
-def quiet_bars() -> None:
-    """Turn off the bars with which transformers shows that it reads and writes files that are here."""
-    from transformers.utils import logging as of_transformers
-
-    of_transformers._tqdm_active = False  # its own switch would turn off the hub's bars of downloads as well
-
-
 class Shown(Progress):
     """Progress on stderr: a bar for each phase on a terminal, a line now and then elsewhere."""
 
@@ -113,19 +107,19 @@ class Shown(Progress):
 
     def _lines(self, name: str, total: int, done: int) -> Tick:
         begin = time.monotonic()
-        told, at = begin, done
-        last = ""
+        told, at, last = begin, done, ""
         self.say(f"{name}: {total} steps" + (f", from step {done} on" if done else ""))
 
         def tick(step: int, note: str = "") -> None:
             nonlocal told, at, last
-            last = note or last
-            now = time.monotonic()
-            finished = step == total and at != total
-            if finished or (now - told >= EVERY and step - at >= total / SHARE):
+            last, now = note or last, time.monotonic()
+            if step == total and at != total:
+                self.say(f"{name}: {total} steps in {_duration(now - begin)}")
+                told, at = now, step
+            elif step < total and now - told >= EVERY and step - at >= total / SHARE:
                 left = (now - begin) / max(step - done, 1) * (total - step)
-                rest = f", {_duration(left)} left" if step < total else f" in {_duration(now - begin)}"
-                self.say(f"{name}: {step} of {total}{rest}" + (f", {last}" if last else ""))
+                note = f", {last}" if last else ""
+                self.say(f"{name}: {step} of {total}, {_duration(left)} left{note}")
                 told, at = now, step
 
         return tick

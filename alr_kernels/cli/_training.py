@@ -24,23 +24,29 @@ def train(call: Call) -> None:
     from .. import _environment
 
     main = _environment.launched()[0] == 0
-    with clean(call.verb, call.debug), _output.quiet(call.verb, main, call.debug):
-        from ..finetune.settings import resolve
+    with _output.quiet(call.verb, main, call.debug):
+        with clean(call.verb, call.debug, silent=not _environment.first_on_machine()):
+            from ..finetune.settings import resolve
 
-        settings = resolve(call.verb, call.flags, call.config)
-        need(settings)
-        results = _phases(settings, call, main)
-        if not main:
-            return
-        report = _report(settings, results)
-        if report is not None:
-            results["files"]["report"] = str(report)
-        if call.as_json:
-            typer.echo(json.dumps(results, indent=1, ensure_ascii=False))
-        else:
-            from . import _summary
+            settings = resolve(call.verb, call.flags, call.config)
+            need(settings)
+        with clean(call.verb, call.debug):
+            results = _phases(settings, call, main)
+            if main:
+                _print(settings, call, results)
 
-            _summary.show(results)
+
+def _print(settings: Settings, call: Call, results: dict[str, Any]) -> None:
+    """Write the report, where there is one, and print what came out."""
+    report = _report(settings, results)
+    if report is not None:
+        results["files"]["report"] = str(report)
+    if call.as_json:
+        typer.echo(json.dumps(results, indent=1, ensure_ascii=False))
+    else:
+        from . import _summary
+
+        _summary.show(results)
 
 
 def need(settings: Settings) -> None:
@@ -86,9 +92,18 @@ def _phases(settings: Settings, call: Call, main: bool) -> dict[str, Any]:
             from ..finetune import phases
 
             progress = Progress()
-        if not call.debug:
-            _output.quiet_bars()
-        return getattr(phases, settings.verb)(settings, resume=call.resume, overwrite=call.overwrite, progress=progress)
+        verb = getattr(phases, settings.verb)
+        results = verb(settings, resume=call.resume, overwrite=call.overwrite, progress=progress)
+    _leave()
+    return results
+
+
+def _leave() -> None:
+    """Leave the job of many processes, of which torch complains otherwise."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _report_folder(settings: Settings) -> Path | None:
