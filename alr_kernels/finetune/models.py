@@ -81,8 +81,8 @@ def load(options: ModelOptions, *, trainable: bool, seed: int = 0) -> Loaded:
         _validate_models.lora_on_adapter(name)
     if options.quantize != "none" and trainable and not (adapter or lora is not None):
         _validate_models.quantized_alone(options.quantize)
-    tokenizer, padded = tokenizer_of(options)
     base_name = _base_of(name) if adapter else name
+    tokenizer, padded = tokenizer_of(options, base_name)
     base = _base(base_name, options, device)
     _validate_models.vocabulary(options.tokenizer or name, len(tokenizer), base.get_input_embeddings().num_embeddings)
     use_cache = getattr(base.config, "use_cache", None)
@@ -120,11 +120,16 @@ def device_of(asked: str) -> str:
     return ("cuda" if available else "cpu") if asked == "auto" else asked
 
 
-def tokenizer_of(options: ModelOptions) -> tuple[Any, bool]:
-    """Return the tokenizer, and whether its eos token was made its pad token because it had none."""
+def tokenizer_of(options: ModelOptions, base: str) -> tuple[Any, bool]:
+    """Return the tokenizer, and whether its eos token was made its pad token because it had none.
+
+    An adapter's folder may have none: then it is that of the base model.
+    """
     from transformers import AutoTokenizer
 
     said, name = ("--tokenizer", options.tokenizer) if options.tokenizer else ("tokenizer of --model", options.model)
+    if name != base and options.tokenizer is None and not (Path(name) / "tokenizer_config.json").is_file():
+        name = base
     with _told(lambda error: _validate_finetune.model_not_loaded(said, name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     if options.chat_template is not None:
@@ -165,7 +170,7 @@ def save(loaded: Loaded, folder: Path, state: dict[str, Any] | None = None) -> N
     if loaded.padded_with_eos:
         tokenizer.pad_token = None
     try:
-        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        model.save_pretrained(folder, state_dict=state)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's: a form to fill in
     finally:

@@ -28,8 +28,8 @@ MODEL_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model"),
 )  # fmt: skip
-OWN_FILES = ("results.json", "run.yaml", "metrics.jsonl", "importance.safetensors")
-OWN_FOLDERS = ("checkpoints", "tuned", "recorded", "plain", "report", "tensorboard")
+OF_TUNE = ("results.json", "run.yaml", "metrics.jsonl", "checkpoints", "report", "tensorboard")
+OF_RUN = (*OF_TUNE, "importance.safetensors", "tuned", "recorded", "plain")
 STAGE = ".saving"  # in the target folder, so that moving is renaming
 
 
@@ -43,6 +43,7 @@ class Place:
         work: checkpoints and what else is needed only until the run is done.
         card, metrics: run.yaml and metrics.jsonl, beside an importance file with its name before them.
         done: the file that is written last.
+        owned: names of files and folders in the home that a run leaves and a new one deletes; models apart.
     """
 
     out: Path
@@ -51,18 +52,22 @@ class Place:
     card: Path
     metrics: Path
     done: Path
+    owned: tuple[str, ...]
 
     @classmethod
     def of_file(cls, out: Path) -> Place:
         """Return the place of ``record``."""
         stem = out.name.removesuffix(".safetensors")
-        card = out.with_name(f"{stem}.run.yaml")
-        return cls(out, out.parent, out.with_name(f"{stem}.work"), card, out.with_name(f"{stem}.metrics.jsonl"), card)
+        names = [f"{stem}.{ending}" for ending in ("work", "run.yaml", "metrics.jsonl")]
+        work, card, metrics = map(out.with_name, names)
+        return cls(out, out.parent, work, card, metrics, card, (*names, out.name))
 
     @classmethod
-    def of_folder(cls, out: Path) -> Place:
-        """Return the place of ``tune`` and ``run``."""
-        return cls(out, out, out / "checkpoints", out / "run.yaml", out / "metrics.jsonl", out / "results.json")
+    def of_folder(cls, out: Path, owned: tuple[str, ...]) -> Place:
+        """Return the place of ``tune`` (:data:`OF_TUNE`) and ``run`` (:data:`OF_RUN`)."""
+        return cls(
+            out, out, out / "checkpoints", out / "run.yaml", out / "metrics.jsonl", out / "results.json", owned
+        )  # fmt: skip
 
     @property
     def is_done(self) -> bool:
@@ -74,27 +79,38 @@ class Place:
         """Whether a run began here that is not done."""
         return (self.work / BEGUN).is_file()
 
-    def begin(self, model: str, *, resume: bool, overwrite: bool) -> bool:
+    def begin(self, model: str, *, resume: bool, overwrite: bool, save_model: Path | None = None) -> bool:
         """Make the folder ready; return whether the run goes on from what is there.
 
+        Args:
+            model: that the run starts from, which is never touched.
+            resume: go on with what is there.
+            overwrite: delete what an earlier run left.
+            save_model: another folder that a model comes to.
+
         Raises:
-            ValueError: there is a result, or the beginning of one, and neither ``resume`` nor ``overwrite`` was asked
-                for; there is nothing to resume; the folder is the model's, or has a model that is not ours.
+            ValueError, OSError: there is a result, or the beginning of one, and neither ``resume`` nor ``overwrite``
+                was asked for; there is nothing to resume; the model is in the folder, or one that is not ours.
             OSError: it cannot be written.
         """
-        if self.out.is_dir() and Path(model).is_dir() and self.out.resolve() == Path(model).resolve():
-            _validate_models.out_is_model(str(self.out), model)
+        owned = [self.home / name for name in self.owned] + ([self.out] if self.out == self.home else [])
+        for option, out, folders in (("--out", self.out, owned), ("--save-model", save_model, [save_model])):
+            if Path(model).is_dir() and any(folder and _holds(folder, Path(model)) for folder in folders):
+                _validate_models.model_in_the_way(option, str(out), model)
         if resume:
             if not self.is_begun:
                 _validate_finetune.nothing_to_resume(self.out)
             return True
         ours = self.card.is_file() or self.is_begun
-        if not ours and self.out.is_dir() and any((self.out / name).exists() for name in CONFIGS):
+        if not ours and self.out.is_dir() and is_model(self.out):
             _validate_models.foreign_model(str(self.out))
-        if not overwrite and (self.is_done or self.is_begun or (self.out.exists() and not self.out.is_dir())):
+        if not overwrite:
             if self.is_begun and not self.is_done:
                 _validate_models.unfinished(str(self.out))
-            _validate_finetune.exists("--out", self.out)
+            if self.is_done or (self.out.exists() and not self.out.is_dir()):
+                _validate_finetune.exists("--out", self.out)
+            if save_model is not None and is_model(save_model):
+                _validate_finetune.exists("--save-model", save_model)
         self._clear()
         self.work.mkdir(parents=True, exist_ok=True)
         return False
@@ -104,15 +120,12 @@ class Place:
         self.done.unlink(missing_ok=True)
         if self.out == self.home:
             clear_model(self.out)
-            for name in OWN_FOLDERS:
-                clear_model(self.out / name)
-                shutil.rmtree(self.out / name, ignore_errors=True)
-            for name in OWN_FILES:
-                (self.out / name).unlink(missing_ok=True)
-        else:
-            for path in (self.out, self.card, self.metrics):
+        for path in map(self.home.joinpath, self.owned):
+            if path.is_dir():
+                clear_model(path)
+                shutil.rmtree(path)
+            else:
                 path.unlink(missing_ok=True)
-            shutil.rmtree(self.work, ignore_errors=True)
 
     def tidy(self, keep_checkpoints: bool) -> None:
         """Delete what is needed only until the run is done; what says that it is unfinished goes first."""
@@ -146,6 +159,17 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Return what :func:`write_json` wrote."""
     return json.loads(path.read_text("utf-8"))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder loads as a model or an adapter."""
+    return any((folder / name).is_file() for name in CONFIGS)
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Whether a path is a folder, or in one that a new run deletes."""
+    inside = (path.resolve(), *path.resolve().parents) if folder.name in OF_RUN else (path.resolve(),)
+    return folder.resolve() in inside
 
 
 def clear_model(folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _ranks, _validate_models
+from .. import _ranks
 from ..importance import Importance
 from . import card, results
 from .config_file import yaml
@@ -24,7 +24,7 @@ from .evaluation import nll
 from .job import Job, begun, on_first
 from .movement import Movement, coefficient_rows
 from .options import MeasureOptions, RecordFiles, RecordOptions, RunFiles, RunOptions, TuneFiles
-from .outcome import Place, publish, read_json, stage_of, write_json
+from .outcome import OF_RUN, OF_TUNE, Place, publish, read_json, stage_of, write_json
 from .progress import Progress
 from .pull import facts_of, fitting, pulling, stepping
 
@@ -59,10 +59,10 @@ def record(
     place = Place.of_file(Path(files.out))
     if resume and place.is_done:
         return _finished(place, progress, files.keep_checkpoints)
-    with begun(settings, place, resume, overwrite, progress) as job:
+    save_model = Path(files.save_model) if files.save_model else None
+    with begun(settings, place, resume, overwrite, progress, save_model) as job:
         loaded = job.load_model()
         texts = job.texts("data", loaded, train=True)
-        save_model = Path(files.save_model) if files.save_model else None
         found = job.once("record", lambda: _record(job, loaded, texts, place.out, save_model))
         outcome = results.of_record(job, texts.facts, found)
         _finish(job, outcome, {"data": texts.facts}, place.out, files.keep_checkpoints)
@@ -78,7 +78,7 @@ def tune(
     """
     progress = progress or Progress()
     files = settings.of(TuneFiles)
-    place = Place.of_folder(Path(files.out))
+    place = Place.of_folder(Path(files.out), OF_TUNE)
     if resume and place.is_done:
         return _finished(place, progress, files.keep_checkpoints)
     with begun(settings, place, resume, overwrite, progress) as job:
@@ -103,7 +103,7 @@ def run(
     """
     progress = progress or Progress()
     files = settings.of(RunFiles)
-    place = Place.of_folder(Path(files.out))
+    place = Place.of_folder(Path(files.out), OF_RUN)
     if resume and place.is_done:
         return _finished(place, progress, files.keep_checkpoints)
     options = settings.of(RunOptions)
@@ -256,7 +256,6 @@ def _trained(
     )  # fmt: skip
     phase.work.mkdir(parents=True, exist_ok=True)
     trainer = PhaseTrainer(phase)
-    _validate_models.something_recorded(record_after, trainer.args.max_steps)
     trainer.run(job.resumed)
     return trainer
 

@@ -80,6 +80,8 @@ class Phase:
 class PhaseTrainer(Trainer):
     """A Trainer that runs a :class:`Phase`: ``PhaseTrainer(phase).run()``."""
 
+    control: Any
+
     def __init__(self, phase: Phase) -> None:
         args = _arguments(phase)
         steps = _steps(phase, args.world_size)
@@ -201,7 +203,7 @@ class PhaseTrainer(Trainer):
         """Return the mean over all tokens of a set; None when asked to stop meanwhile."""
         sums: list[float] = []
         tokens = 0
-        for batch in self.get_eval_dataloader(rows):  # type: ignore[arg-type]
+        for batch in self.get_eval_dataloader(rows):
             found = token_losses(self.model, self._prepare_inputs(batch))
             losses, counts = self.accelerator.gather_for_metrics(found)  # rows that only fill up a batch left out
             sums += losses.tolist()

@@ -47,15 +47,18 @@ def _compared(results: Mapping[str, Any]) -> str:
     plain_gain, plain_lost = said.get("plain_domain_gain"), said.get("plain_forgetting")
     if plain_gain is None:
         return ""
-    if plain_lost is None:
+    if plain_lost is None or said["forgetting"] is None:
         return f"The baseline, the same training without the pull, learnt {plain_gain:.3f} nats per token."
     lost, gain = said["forgetting"], said["domain_gain"]
+    if plain_lost <= 0:
+        return (
+            f"The baseline, the same training without the pull, learnt {plain_gain:.3f} nats per token and forgot "
+            f"nothing (its general NLL fell by {-plain_lost:.3f}): there was nothing to save."
+        )
     began = (
         f"The baseline, the same training without the pull, learnt {plain_gain:.3f} and forgot {plain_lost:.3f} nats "
         "per token"
     )
-    if plain_lost <= 0:
-        return f"{began}: it had nothing to save."
     share = 100 * (plain_lost - lost) / plain_lost
     saved = f"avoided {share:.0f} % of that forgetting" if share > 0 else f"forgot {-share:.0f} % more"
     if plain_gain <= 0:

@@ -166,7 +166,7 @@ class _Sequences:
             self.tokens += len(ids)
             self.in_loss += len(labels) - labels.count(IGNORED)
             waiting += len(ids)
-            if waiting > BATCH_CHARACTERS // 4:
+            if waiting > BATCH_CHARACTERS // 4:  # about as many tokens
                 self.store.append(batch)
                 batch, waiting = {"input_ids": [], "labels": []}, 0
         self.store.append(batch)
