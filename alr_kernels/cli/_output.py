@@ -27,6 +27,7 @@ QUIET = {
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
     "BITSANDBYTES_NOWELCOME": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of what Trainer chose for it
 }
 EVERY, SHARE = 15.0, 10  # where no bar can be drawn: a line each so many seconds, and a tenth of a phase at least
 

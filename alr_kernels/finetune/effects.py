@@ -86,6 +86,7 @@ def _files(settings: Settings) -> None:
 
 def _space(settings: Settings) -> None:
     model = settings.of(ModelOptions)
+    _validate_finetune.model_folder(settings.said["model"], model.model)
     adapter = adapter_folder(model.model)
     if model.quantize != "none" and model.lora is None and not adapter:
         _validate_finetune.needs_lora(settings.said["quantize"], model.quantize)
