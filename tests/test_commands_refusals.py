@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import finetune_cases as tiny
@@ -17,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from alr_kernels.cli import _errors, _output, app
+from alr_kernels.cli import app
 from alr_kernels.finetune import phases
 from alr_kernels.finetune.progress import Stopped
 
@@ -363,27 +362,3 @@ def test_record_says_the_command_that_comes_next(here):
     words = following.replace("DOMAIN", "domain.jsonl").split()[1:]
     done = alr(" ".join([*words, *SHORT.split()]))
     assert done.exit_code == 0, done.output
-
-
-def test_warnings_of_this_package_are_shown_and_others_are_not(capsys, monkeypatch):
-    ours = compile("import warnings\nwarnings.warn('ours')", str(Path(_output.PACKAGE) / "somewhere.py"), "exec")
-    before = warnings.showwarning
-    with _output.quiet("tune"):
-        warnings.warn("theirs", stacklevel=1)
-        exec(ours, {"__name__": "alr_kernels.somewhere"})
-    assert capsys.readouterr().err == "alr-kernels tune: warning: ours\n"
-    assert warnings.showwarning is before
-    with _output.quiet("tune", main=False):
-        exec(ours, {"__name__": "alr_kernels.somewhere"})
-    assert capsys.readouterr().err == ""
-
-
-def test_errors_that_this_package_raises_are_known_by_their_statement():
-    from alr_kernels.importance import Importance
-
-    with pytest.raises(FileNotFoundError) as missing:
-        Importance.load("no.safetensors")
-    assert "no.safetensors" in _errors.message(missing.value)
-    with pytest.raises(ValueError, match="could not convert") as accident:
-        float("x")
-    assert _errors.message(accident.value) is None

@@ -64,10 +64,12 @@ def findings(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"{said}: {abs(forgetting):.4f} nats a token of the general text."
     elif results["verb"] == "tune":
         yield "What was forgotten was not measured: --general TEXT would."
-    if (without := summary.get("plain_forgetting")) is not None:
-        gain = summary.get("plain_domain_gain")
-        learnt = "" if gain is None else f", and learnt {gain:.4f}"
-        yield f"Without the pull it forgot {without:.4f}{learnt}."
+    if results.get("plain"):
+        changes = (("domain", "plain_domain_gain", -1), ("general text", "plain_forgetting", 1))
+        moved = [
+            f"{sign * summary[key]:+.4f} on the {text}" for text, key, sign in changes if summary.get(key) is not None
+        ]
+        yield f"Without the pull, NLL would change by {' and '.join(moved)}."
 
 
 def _files(results: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,88 @@
+"""What reaches the terminal besides results: warnings of this package alone, progress, what numbers say in words."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alr_kernels.cli import _errors, _output
+from alr_kernels.cli._summary import findings
+
+
+def test_warnings_of_this_package_are_shown_and_others_are_not(capsys, monkeypatch):
+    ours = compile("import warnings\nwarnings.warn('ours')", str(Path(_output.PACKAGE) / "somewhere.py"), "exec")
+    before = warnings.showwarning
+    with _output.quiet("tune"):
+        warnings.warn("theirs", stacklevel=1)
+        exec(ours, {"__name__": "alr_kernels.somewhere"})
+    assert capsys.readouterr().err == "alr-kernels tune: warning: ours\n"
+    assert warnings.showwarning is before
+    with _output.quiet("tune", main=False):
+        exec(ours, {"__name__": "alr_kernels.somewhere"})
+    assert capsys.readouterr().err == ""
+
+
+def test_errors_that_this_package_raises_are_known_by_their_statement():
+    from alr_kernels.importance import Importance
+
+    with pytest.raises(FileNotFoundError) as missing:
+        Importance.load("no.safetensors")
+    assert "no.safetensors" in _errors.message(missing.value)
+    with pytest.raises(ValueError, match="could not convert") as accident:
+        float("x")
+    assert _errors.message(accident.value) is None
+
+
+def test_what_a_baseline_showed_is_said_with_its_sign():
+    summary = {"domain_gain": 0.5, "forgetting": 0.25, "plain_domain_gain": 0.75, "plain_forgetting": 1.5}
+    plain = {"domain": {"nll": 1.0}, "general": {"nll": 2.0}}
+    assert list(findings({"verb": "run", "summary": summary, "plain": plain})) == [
+        "Learnt: 0.5000 nats a token of the domain.",
+        "Forgot: 0.2500 nats a token of the general text.",
+        "Without the pull, NLL would change by -0.7500 on the domain and +1.5000 on the general text.",
+    ]
+
+
+def lines_of(monkeypatch, ticks, *, seconds, total=100, done=0):
+    """Return what is printed where no bar can be drawn, with so many seconds between two ticks."""
+    now = [0.0]
+    monkeypatch.setattr(_output.time, "monotonic", lambda: now[0])
+    text = io.StringIO()
+    with _output.Shown("tune", Console(file=text)) as shown:
+        tick = shown.phase("tune", total, done)
+        for step, note in ticks:
+            now[0] += seconds
+            tick(step, note)
+    return text.getvalue().splitlines()
+
+
+def test_a_log_gets_a_line_a_tenth_and_no_more(monkeypatch):
+    ticks = [(step, f"loss {step}") for step in range(1, 101)]
+    lines = lines_of(monkeypatch, ticks, seconds=2)
+    assert lines[0] == "tune: 100 steps"
+    assert lines[1] == "tune: 10 of 100, 3 min left, loss 10"
+    assert lines[-1] == "tune: 100 steps in 3 min"
+    assert len(lines) == 1 + 9 + 1
+    assert lines_of(monkeypatch, ticks, seconds=0.1) == ["tune: 100 steps", "tune: 100 steps in 10 s"]
+
+
+def test_a_run_that_goes_on_says_from_where(monkeypatch):
+    lines = lines_of(monkeypatch, [(70, ""), (100, "loss 1"), (100, "general 2")], seconds=20, done=60)
+    expected = ["tune: 100 steps, from step 60 on", "tune: 70 of 100, 60 s left", "tune: 100 steps in 40 s"]
+    assert lines == expected
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=100)
+    with _output.Shown("tune", console) as shown:
+        tick = shown.phase("tune", 10)
+        tick(10, "loss 2.5")
+        shown.say("one remark [of a kind]")
+    assert "10/10" in text.getvalue()
+    assert "loss 2.5" in text.getvalue()
+    assert "one remark [of a kind]" in text.getvalue()
