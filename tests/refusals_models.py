@@ -215,6 +215,6 @@ REFUSED = {
     ),
     "data that changed since": (
         lambda c: remembered(),
-        ValueError, "--resume: expected --data as it was when .* content fedcba9876543210 for 0123456789abcdef",
+        ValueError, "--resume: expected --data as it was when .* got fedcba9876543210 in place of 0123456789abcdef;",
     ),
 }  # fmt: skip

@@ -217,13 +217,23 @@ def test_options_reach_the_optimizer(home, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*checkpointing.*")
 def test_a_gptj_in_bf16_with_recomputation_and_accumulation(home, tmp_path):
     folder = cases.model_folder(tmp_path / "gptj", cases.gptj, torch.bfloat16)
+    file = tmp_path / "gptj" / "generation_config.json"  # one that transformers reads but would not write
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.5}))
     options = {"gradient_checkpointing": True, "batch": 2, "accumulate": 2}
     record(home, tmp_path / "i.safetensors", model=folder, **options)
     found = tune(home, tmp_path / "out", model=folder, importance=str(tmp_path / "i.safetensors"), **options)
     assert (found["model"]["architecture"], found["model"]["dtype"]) == ("GPTJForCausalLM", "bf16")
     assert found["cost"]["bytes"]["other"] > 2 * found["model"]["parameters"]  # the split master's remainders
     assert loaded(tmp_path / "out").dtype is torch.bfloat16
+    assert loaded(tmp_path / "out").generation_config.temperature == 0.5
     assert found["after"]["domain"]["nll"] < found["before"]["domain"]["nll"]
+
+
+def test_nothing_held_out_nothing_measured(home, tmp_path):
+    found = record(home, tmp_path / "i.safetensors", held_out=0.0, eval_every=None, steps=2, tensorboard=True)
+    assert found["before"] == found["after"] == {"general": None}
+    assert found["curves"] == {"record": []}
+    assert list((tmp_path / "i.tensorboard" / "record").glob("events*"))
 
 
 # ---------------------------------------------------------------- LoRA

@@ -168,9 +168,6 @@ def _results(given: dict[str, Any]) -> dict[str, Any]:
     with console.status("importing torch and transformers"):
         from ..finetune.comparison import compare
         from ..finetune.outcome import write_json
-
-        if not given["debug"]:
-            _output.quiet_bars()
     with _output.Shown("eval", console) as progress:
         results = plain(compare(_request(given), progress))
     if given["out"] is not None:

@@ -88,16 +88,16 @@ class Job:
                 self.progress.say(f"--{option}: {count} rows {text}")
         return found
 
-    def remember(self, option: str, fingerprint: str) -> None:
-        """Note what an unfinished run reads, so that it does not go on with something else."""
+    def remember(self, what: str, fingerprint: str) -> None:
+        """Note what an unfinished run began with, so that it does not go on with something else."""
         path = self.place.work / FACTS
         known = read_json(path) if path.is_file() else {}
-        was = known.get(option, fingerprint)
+        was = known.get(what, fingerprint)
         if was != fingerprint:
-            _validate_models.changed_since(str(self.place.out), option, f"content {fingerprint[:16]} for {was[:16]}")
+            _validate_models.changed_since(str(self.place.out), what, f"{fingerprint[:16]} in place of {was[:16]}")
         _ranks.wait()
-        if self.is_main and option not in known:
-            write_json(path, {**known, option: fingerprint})
+        if self.is_main and what not in known:
+            write_json(path, {**known, what: fingerprint})
 
     def once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what a phase found; a run that goes on does not repeat a phase that is done."""
@@ -141,7 +141,9 @@ def begun(
     resumed = on_first(prepare)
     with Stop(progress.say) as stop:
         metrics = Metrics(place.metrics, is_main)
-        yield Job(settings, place, metrics, stop, progress, resumed, datetime.now(timezone.utc), is_main)
+        job = Job(settings, place, metrics, stop, progress, resumed, datetime.now(timezone.utc), is_main)
+        job.remember("the number of processes", str(_ranks.place()[1]))  # they share the batches of a step
+        yield job
 
 
 def on_first(work: Callable[[], Any]) -> Any:

@@ -85,6 +85,7 @@ def load(options: ModelOptions, *, trainable: bool, seed: int = 0) -> Loaded:
     tokenizer, padded = tokenizer_of(options, base_name)
     base = _base(base_name, options, device)
     _validate_models.vocabulary(options.tokenizer or name, len(tokenizer), base.get_input_embeddings().num_embeddings)
+    _make_savable(base)
     use_cache = getattr(base.config, "use_cache", None)
     dtype = NAMES.get(base.dtype, str(base.dtype))
     parameters = base.num_parameters()
@@ -209,6 +210,16 @@ def _base(name: str, options: ModelOptions, device: str) -> Any:
     return model
 
 
+def _make_savable(base: Any) -> None:
+    """Mend a generation configuration that transformers reads but refuses to write: sampling options without it."""
+    generation = getattr(base, "generation_config", None)
+    if generation is not None:
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            generation.do_sample = True
+
+
 def _not_loaded(name: str, options: ModelOptions, error: Exception) -> None:
     if options.quantize != "none":
         _validate_models.bitsandbytes_failed(options.quantize, name, error)
@@ -272,8 +283,9 @@ def _with_lora(base: Any, lora: LoraSpec, seed: int) -> Any:
     _need_peft("--lora")
     from peft import LoraConfig, get_peft_model
 
+    alpha = int(lora.alpha) if lora.alpha.is_integer() else lora.alpha
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets) if lora.targets else None,
+        r=lora.r, lora_alpha=alpha, target_modules=list(lora.targets) if lora.targets else None,
         lora_dropout=lora.dropout, use_rslora=lora.rslora, bias="none", task_type="CAUSAL_LM",
     )  # fmt: skip
     linear = sorted({path.rpartition(".")[2] for path, module in base.named_modules() if _is_linear(module)})

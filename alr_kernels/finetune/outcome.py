@@ -42,6 +42,7 @@ class Place:
         home: the folder that all of it is in.
         work: checkpoints and what else is needed only until the run is done.
         card, metrics: run.yaml and metrics.jsonl, beside an importance file with its name before them.
+        tensorboard: the folder of its logs.
         done: the file that is written last.
         owned: names of files and folders in the home that a run leaves and a new one deletes; models apart.
     """
@@ -51,6 +52,7 @@ class Place:
     work: Path
     card: Path
     metrics: Path
+    tensorboard: Path
     done: Path
     owned: tuple[str, ...]
 
@@ -58,16 +60,15 @@ class Place:
     def of_file(cls, out: Path) -> Place:
         """Return the place of ``record``."""
         stem = out.name.removesuffix(".safetensors")
-        names = [f"{stem}.{ending}" for ending in ("work", "run.yaml", "metrics.jsonl")]
-        work, card, metrics = map(out.with_name, names)
-        return cls(out, out.parent, work, card, metrics, card, (*names, out.name))
+        names = [f"{stem}.{ending}" for ending in ("work", "run.yaml", "metrics.jsonl", "tensorboard")]
+        work, card, metrics, tensorboard = map(out.with_name, names)
+        return cls(out, out.parent, work, card, metrics, tensorboard, card, (*names, out.name))
 
     @classmethod
     def of_folder(cls, out: Path, owned: tuple[str, ...]) -> Place:
         """Return the place of ``tune`` (:data:`OF_TUNE`) and ``run`` (:data:`OF_RUN`)."""
-        return cls(
-            out, out, out / "checkpoints", out / "run.yaml", out / "metrics.jsonl", out / "results.json", owned
-        )  # fmt: skip
+        card, metrics, done = (out / name for name in ("run.yaml", "metrics.jsonl", "results.json"))
+        return cls(out, out, out / "checkpoints", card, metrics, out / "tensorboard", done, owned)
 
     @property
     def is_done(self) -> bool:

@@ -252,7 +252,7 @@ def _trained(
         name, loaded, texts.train, measured, Collator(loaded.tokenizer, limit=job.max_length(loaded)),
         job.train_options, steps, epochs, lr, optimizer, job.place.work / name if several else job.place.work,
         job.metrics, job.stop, job.progress, record_after,
-        job.place.home / "tensorboard" if job.train_options.tensorboard else None,
+        job.place.tensorboard if job.train_options.tensorboard else None,
     )  # fmt: skip
     phase.work.mkdir(parents=True, exist_ok=True)
     trainer = PhaseTrainer(phase)
