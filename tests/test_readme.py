@@ -25,7 +25,7 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["artifact.md", "importance.md", "lora.md", "scaling.md"])
+@pytest.mark.parametrize("page", ["artifact.md", "importance.md", "lora.md", "report.md", "scaling.md"])
 def test_python_blocks_of_a_page_run(tmp_path: Path, page: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
