@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -283,6 +284,13 @@ def test_the_summary_says_the_numbers_of_the_results():
     assert f"kept {100 * found['domain_gain'] / found['plain_domain_gain']:.0f} % of what" in said
     assert f"It took {duration(sum(results['seconds'].values()))}" in said
     assert "12.8 MB of importance and 12.8 MB of anchors" in said
+    level = results["curves"]["tune"][-1]["domain"]  # the baseline went further
+    near = sorted(results["curves"]["plain"], key=lambda entry: entry["domain"])
+    below, above = next((a, b) for a, b in itertools.pairwise(near) if a["domain"] <= level <= b["domain"])
+    part = (level - below["domain"]) / (above["domain"] - below["domain"])
+    plain = below["general"] + part * (above["general"] - below["general"]) - before["general"]["nll"]
+    assert f"At the same domain NLL of {level:.3f}" in said
+    assert f"changed by {found['forgetting']:+.3f} with the pull and by {plain:+.3f} without" in said
     held = [charts.most_important(results["movement"][phase]) for phase in ("tune", "plain")]
     assert f"moved {held[0][2] / held[1][2]:.2g} times as far" in said
 
