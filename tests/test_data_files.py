@@ -37,7 +37,9 @@ SAME = {
     "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist([row | {"n": 1} for row in TEXTS]), path),
     "saved": lambda path: datasets.DatasetDict({"train": datasets.Dataset.from_list(TEXTS)}).save_to_disk(path),
     "folder": lambda path: written(path, {"1.jsonl": TEXTS[:9], "more/2.csv": as_csv(",")[:7], "3.json": TEXTS[9:]}),
-    "files": lambda path: written(path, {f"{i:02}.txt": row["text"] for i, row in enumerate(TEXTS)} | {".x.txt": "no"}),
+    "files": lambda path: written(
+        path, {f"{i:02}.txt": row["text"].replace("\n", "\r\n") for i, row in enumerate(TEXTS)} | {".x.txt": "no"}
+    ),
     "files/**/*.txt": lambda path: written(Path("files"), {f"{i:02}.txt": r["text"] for i, r in enumerate(TEXTS)}),
 }
 
