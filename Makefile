@@ -55,8 +55,8 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 bench: setup ## benchmarks on this machine, JSON into bench/results/local.json (rivals: pip install -e ".[bench]")
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json -s
 
-# From the sdist, in isolation. libgomp is left out of the wheel: torch brings one, and a second would be a second pool of
-# threads. CUDA=1 builds the flavour with CUDA, whose version ends in +cu130 or the like.
+# From the sdist, in isolation. libgomp is left out of the wheel, because torch brings one: see CONTRIBUTING.md.
+# CUDA=1 builds the flavour with CUDA, whose version ends in +cu130 or the like.
 CUDA    ?= 0
 RELEASE := build/release
 
