@@ -100,11 +100,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def lacking(extra: str) -> list[str]:
-    """Return what of an extra is missing or too old, as it would be asked of pip; empty when it is complete.
-
-    >>> lacking("train")  # doctest: +SKIP
-    ['datasets>=4.7', 'transformers>=5.2 (4.57.1 is installed)']
-    """
+    """Return what of an extra is missing or too old (``transformers>=5.2 (4.57.1 is installed)``); empty if nothing."""
     found = []
     for package, oldest in EXTRAS[extra].items():
         try:
