@@ -25,6 +25,7 @@ FACTS = {"data": {"source": "d.txt", "fingerprint": "a" * 64}}
 def test_a_card_as_configuration_repeats_the_run(verb, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
     settings = of(verb, steps=7, seed=3, lora="r=2", out="o.safetensors")
     card.write("run.yaml", settings)
     (tmp_path / "elsewhere").mkdir()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from alr_kernels.finetune.settings import flag
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "datasets", "yaml", "numpy", "safetensors", "matplotlib", "peft", "accelerate")
-LIMIT = 2.0  # seconds; 0.25 measured on two busy cores, and 0.5 is promised
+LIMIT = 1.0  # seconds; 0.25 measured on two cores, and 0.5 is promised
 
 
 def helped(*arguments, columns="80"):
@@ -41,10 +41,13 @@ def test_help_imports_nothing_heavy(arguments):
 
 
 def test_help_answers_at_once():
+    """In processor time, which other processes of the machine do not lengthen."""
+
     def took():
-        begin = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "alr_kernels", "--help"], capture_output=True, cwd=ROOT, check=True)
-        return time.perf_counter() - begin
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(took() for _ in range(3)) < LIMIT
 
