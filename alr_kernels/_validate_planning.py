@@ -29,7 +29,7 @@ def shape(name: str, value: Any) -> None:
 
 def no_transformers(missing: ImportError) -> NoReturn:
     raise ImportError(
-        'config: building a model from its config needs transformers: pip install "alr-kernels[demo]", or hand over '
+        'config: building a model from its config needs transformers: pip install "alr-kernels[train]", or hand over '
         "{parameter name: [sizes]}."
     ) from missing
 

@@ -40,3 +40,22 @@ def layer_of(name: str, by: LayerBy = "block") -> str:
             if part.isdigit():
                 return ".".join(parts[: position + 1])
     return ".".join(parts[:-1]) or ROOT_LAYER
+
+
+def module_of(name: str) -> tuple[str, str]:
+    """Return the block that a parameter belongs to and what it is there: row and column of a heat map.
+
+    A weight is called as its module; other parameters of a module have their own name behind it.
+
+    >>> module_of("model.layers.3.self_attn.q_proj.weight")
+    ('model.layers.3', 'self_attn.q_proj')
+    >>> module_of("h.0.attn.c_attn.bias"), module_of("lm_head.weight")
+    (('h.0', 'attn.c_attn.bias'), ('lm_head', 'lm_head'))
+    """
+    name = unwrap(name)
+    block = layer_of(name)
+    path, _, last = name.rpartition(".")
+    kind, at, adapter = last.partition("@")  # LoRA with several adapters: weight@second
+    within = path.removeprefix(block).lstrip(".") or ("" if block == ROOT_LAYER else block.rpartition(".")[2])
+    parts = [within] if kind == "weight" and within else [within, kind]
+    return block, ".".join(part for part in parts if part) + at + adapter

@@ -98,7 +98,7 @@ def run() -> dict:
         "verb": "run",
         "versions": {"alr_kernels": "0.0.0", "python": "3.11.7", "torch": "2.13.0"},
         "machine": {"cpu": "a processor", "threads": 2},
-        "options": {"model": "tiny-llama", "data": "domain.jsonl", "reg_lambda": None, "lr": 2e-5, "baseline": True},
+        "options": {"model": "tiny-llama", "data": "domain.jsonl", "reg_lambda": 0.1, "lr": 2e-5, "baseline": True},
         "seconds": {"record": 61.5, "tune": 48.25, "plain": 44.0, "evaluate": 9.5},
         "data": {"domain": _facts("domain.jsonl", 1_000), "general": _facts("general", 2_000)},
         "model": {

@@ -265,6 +265,9 @@ def test_intervals_over_files_and_rows_that_weigh_nothing():
     ones = np.ones(50)
     found = paired([(np.full(50, 2.0), ones), (np.full(50, 4.0), ones)])
     assert (found.value, found.low, found.high) == (3.0, 3.0, 3.0), "files weigh alike"
+    weights = np.arange(1.0, 51.0)
+    found = paired([(3 * weights, weights)])
+    assert (found.low, found.high) == pytest.approx((3.0, 3.0)), "a row brings its weight along"
     found = paired([(np.array([1.0, 0.0, 1.0]), np.array([1.0, 0.0, 1.0]))])
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
     assert paired([(np.array([1.0]), np.array([2.0]))]).as_dict() == {"value": 0.5, "low": None, "high": None}

@@ -37,7 +37,9 @@ SAME = {
     "a.parquet": lambda path: pq.write_table(pa.Table.from_pylist([row | {"n": 1} for row in TEXTS]), path),
     "saved": lambda path: datasets.DatasetDict({"train": datasets.Dataset.from_list(TEXTS)}).save_to_disk(path),
     "folder": lambda path: written(path, {"1.jsonl": TEXTS[:9], "more/2.csv": as_csv(",")[:7], "3.json": TEXTS[9:]}),
-    "files": lambda path: written(path, {f"{i:02}.txt": row["text"] for i, row in enumerate(TEXTS)} | {".x.txt": "no"}),
+    "files": lambda path: written(
+        path, {f"{i:02}.txt": row["text"].replace("\n", "\r\n") for i, row in enumerate(TEXTS)} | {".x.txt": "no"}
+    ),
     "files/**/*.txt": lambda path: written(Path("files"), {f"{i:02}.txt": r["text"] for i, r in enumerate(TEXTS)}),
 }
 
@@ -54,7 +56,7 @@ def test_it_does_not_matter_how_rows_are_kept(name, monkeypatch, tmp_path):
     monkeypatch.setattr(rows, "BATCH_ROWS", 7)
     monkeypatch.setattr(loading, "BATCH_ROWS", 4)
     monkeypatch.setattr(loading, "BATCH_CHARACTERS", 2000)
-    monkeypatch.setattr(store, "IN_MEMORY", 10)
+    monkeypatch.setattr(store, "IN_MEMORY", 40_000)  # some batches wait in memory, then all go into the file
     got = load(Source(name), tokens, max_length=32)
     assert same(got.train, expected.train)
     assert same(got.held_out, expected.held_out)
@@ -72,7 +74,7 @@ def test_large_sets_lie_in_files_and_rows_are_given_back(monkeypatch, tmp_path):
     monkeypatch.setattr(store, "_folder", lambda: type("Folder", (), {"name": str(tmp_path)}))
     small = loaded({"a.jsonl": TEXTS}, "a.jsonl")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(store.Store.__init__, "__defaults__", (1000, None))
+    monkeypatch.setattr(store, "IN_MEMORY", 1000)
     large = loaded({"a.jsonl": TEXTS}, "a.jsonl")
     assert same(small.train, large.train)
     assert len(large.train.cache_files) == 1

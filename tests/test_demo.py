@@ -221,6 +221,26 @@ def test_the_json_says_what_was_run_and_where(fast):
     assert result["corpus"]["domain"]["test"]["sources"]
 
 
+def test_the_json_says_when_and_where_weights_moved(fast):
+    _, _, result = fast
+    assert all(entry["steps"] == [0, 8, 16] for entry in result["runs"])
+    assert all(len(entry["points"]["test"]) == 3 for entry in result["runs"])
+    assert set(result["movement"]) == set(result["selection"]["chosen"].values())
+    for moves in result["movement"].values():
+        assert sum(moves["count"]) == result["parameters"]
+        assert sum(mean is not None and mean > 0 for mean in moves["mean_square_move"]) > 5
+    assert sum(row["share"] for row in result["pull"]["modules"]) == pytest.approx(1)
+    assert result["pull"]["values"] == result["coefficients"][result["selection"]["rule"]]
+
+
+def test_the_report_is_that_of_the_results(fast):
+    from alr_kernels.report.page import html
+    from alr_kernels.report.results import page_of
+
+    folder, _, _ = fast
+    assert html(page_of(folder)) == (folder / "report" / "index.html").read_text(encoding="utf-8")
+
+
 def test_the_saved_artifact_loads(fast):
     from alr_kernels import Importance
 

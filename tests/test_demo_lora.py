@@ -95,6 +95,17 @@ def test_the_json_says_what_lora_was(fast):
     assert all(abs(sum(values.values()) - 1) < 1e-9 for values in result["coefficients"].values())
 
 
+def test_moves_are_those_of_runs_that_start_where_importance_was_recorded(fast):
+    _, _, result, _ = fast
+    chosen = result["selection"]["chosen"]
+    assert set(result["movement"]) == {label for family, label in chosen.items() if family != "plain LoRA"}
+    targets = 2 * (2 * 64 * 64 + 2 * 64 * 160)  # layers · (q_proj and v_proj, up_proj and down_proj)
+    assert all(sum(moves["count"]) == targets for moves in result["movement"].values())
+    assert {row["module"] for row in result["pull"]["modules"]} == {
+        "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"
+    }  # fmt: skip
+
+
 def test_output_fits_the_width_and_names_the_files(fast):
     folder, output, _, _ = fast
     assert max(map(len, output.replace(str(folder), "").splitlines())) <= 110

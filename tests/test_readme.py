@@ -25,17 +25,6 @@ def test_python_blocks_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("page", ["artifact.md", "data.md", "importance.md", "lora.md", "scaling.md"])
-def test_python_blocks_of_a_page_run(tmp_path: Path, page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    (tmp_path / "page.py").write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_example_is_short() -> None:
     """The first block is what a newcomer pastes: twelve lines besides imports, model and data."""
     lines = [line for line in BLOCKS[0].splitlines() if line.strip()]

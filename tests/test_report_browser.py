@@ -211,4 +211,4 @@ def test_the_tables_behind_the_charts_are_the_json(browser, pages):
     assert numbers(table(browser, "movement")) == [[n, *two] for n, two in zip(counts, roots, strict=True)]
     costs = {row[0][1]: numbers([row])[0] for row in table(browser, "cost")}
     assert costs["bytes: importance"][0] == results["cost"]["bytes"]["importance"]
-    assert costs["step: with the pull"][1:] == list(results["cost"]["step_ms"]["tune"].values())
+    assert costs["step: tuned"][1:] == list(results["cost"]["step_ms"]["tune"].values())

@@ -167,7 +167,7 @@ def published_training_step(device: str) -> dict[str, Any]:
 
         return training_step(config_of(MODEL), device)
     except ImportError as missing:
-        return {"skipped": f'{missing.name} is not installed: pip install "alr-kernels[demo]"'}
+        return {"skipped": f'{missing.name} is not installed: pip install "alr-kernels[train]"'}
 
 
 class Adapted(torch.nn.Module):

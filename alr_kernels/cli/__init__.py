@@ -8,9 +8,12 @@ import typer
 
 from .._version import __version__
 from .bench import bench
+from .compare import compare
+from .convert import convert
 from .demo import demo
 from .doctor import doctor
 from .eval import eval
+from .inspect import inspect
 from .plan import plan
 from .record import record
 from .report import report
@@ -49,6 +52,9 @@ VERBS = (  # in the order of use
     (TUNING, run),
     (TUNING, eval),
     (LOOKING, report),
+    (LOOKING, inspect),
+    (LOOKING, compare),
+    (LOOKING, convert),
     (MACHINE, plan),
     (MACHINE, demo),
     (MACHINE, bench),

@@ -163,7 +163,7 @@ def _measure_importance(names: list[str], device: str, scale: float, full: bool,
             )
             results["passes"].append({"set": name, **entry})
         if find_spec("transformers") is None:
-            typer.echo('the cost beside a Fisher needs transformers: pip install "alr-kernels[demo]"', err=True)
+            typer.echo('the cost beside a Fisher needs transformers: pip install "alr-kernels[train]"', err=True)
         else:
             from ..benchmark import claim
 
@@ -196,7 +196,7 @@ def _measure_lora(device: str, scale: float, full: bool, rounds: int) -> dict[st
 
 def _draw(results: Path, picture: Path) -> None:
     if find_spec("matplotlib") is None:
-        typer.echo('--plot needs matplotlib: pip install "alr-kernels[bench]"', err=True)
+        typer.echo('--plot needs matplotlib: pip install "alr-kernels[report]"', err=True)
         raise typer.Exit(2)
     from ..report import step_plots
 

@@ -17,13 +17,13 @@ Backend = Literal["reference", "native", "triton"]
 # Sizes around the kernels' block and vector widths, and one tensor that several threads share.
 CHECK_SIZES = (1, 17, 1023, 1024, 4099)
 CODED_SHAPE = (33, 128)  # large enough to be kept as block codes
-LARGE_CHECK_SIZE = 300_001  # native and GPU only: the interpreter would take seconds
+LARGE_CHECK_SIZE = 100_001  # native and GPU only: the interpreter would take seconds
 
 
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Check the installation: versions, build, backends, and one real step of each against the reference.
+    """Check the installation: versions, build, backends, which commands work, and one real step of each backend.
 
     Exit code 0 when every backend that is here steps correctly (a missing one is explained, not an error), 1 when one
     is wrong.
@@ -65,17 +65,23 @@ def examine() -> dict[str, Any]:
         "versions": _environment.versions(),
         "machine": _environment.machine(),
         "build": _environment.build_facts(),
+        "openmp_runtimes": _environment.openmp_runtimes(),
+        "extras": {extra: _environment.lacking(extra) for extra in _environment.EXTRAS},
+        "commands": _environment.commands(),
         "backends": backends,
         "checks": checks,
     }
 
 
-def check_step(backend: Backend, device: str, sizes: tuple[int, ...] | None = None) -> dict[str, Any]:
-    """Take two recorded steps with penalty and weight decay in every mode, dtype and form of storage; compare."""
+def check_step(backend: Backend, device: str, interpreted: bool = False) -> dict[str, Any]:
+    """Take two recorded steps with penalty and weight decay in every mode, dtype and form of storage; compare.
+
+    ``interpreted``: in a few of these, which take Triton's interpreter a second each.
+    """
     worst, where = 0.0, ""
-    sizes = sizes or (*CHECK_SIZES, LARGE_CHECK_SIZE)
+    sizes = INTERPRETED_SIZES if interpreted else (*CHECK_SIZES, LARGE_CHECK_SIZE)
     for mode, dtype, form in itertools.product(MODES, DTYPES, FORMS):
-        if "master" in FORMS[form] and dtype != "bfloat16":
+        if ("master" in FORMS[form] and dtype != "bfloat16") or (interpreted and (dtype, form) not in INTERPRETED):
             continue
         names: tuple[Backend, ...] = ("reference", backend)
         results = [_two_steps(name, device, sizes, mode, dtype, form) for name in names]
@@ -103,6 +109,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "few bytes, split": LEAN | {"master": "split"},
     "bf16 moments, stochastic": {"state_dtype": "bf16", "master": "stochastic"},
 }
+INTERPRETED = {("float32", "wide"), ("bfloat16", "few bytes, split")}
+INTERPRETED_SIZES = (1, 17, 1025)
 
 
 def _two_steps(
@@ -219,8 +227,8 @@ def _check_interpreted() -> list[dict[str, Any]]:
     if triton_kernel.triton is None:
         return []
     code = (
-        "import json; from alr_kernels.cli.doctor import CHECK_SIZES, check_step; "
-        "print(json.dumps(check_step('triton', 'cpu', CHECK_SIZES)))"
+        "import json; from alr_kernels.cli.doctor import check_step; "
+        "print(json.dumps(check_step('triton', 'cpu', interpreted=True)))"
     )
     child = subprocess.run(
         [sys.executable, "-c", code],
@@ -255,6 +263,13 @@ def _print(report: dict[str, Any]) -> None:
         )
     else:
         console.print(f"[bold]extension[/] missing: {build['reason']}")
+    if len(report["openmp_runtimes"] or ()) > 1:
+        files = "".join(f"\n  {file}" for file in report["openmp_runtimes"])
+        console.print(
+            "[yellow]several OpenMP runtimes are loaded, each with threads of its own, which may compete for the "
+            f"cores; import torch before anything else that uses one:[/]{files}"
+        )
+    _print_commands(console, report)
     table = Table("op", "device", "backend", "serves", title="who serves what (the first that serves is the default)")
     for device, ops in report["backends"].items():
         for op, rows in ops.items():
@@ -269,6 +284,21 @@ def _print(report: dict[str, Any]) -> None:
         table.add_row(check["op"], check["device"], check["backend"], shown, verdict)
     console.print(table)
     console.print("[green]everything that is here works[/]" if report["ok"] else "[red]a backend steps wrongly[/]")
+
+
+def _print_commands(console: Any, report: dict[str, Any]) -> None:
+    """Print which extras are complete, and of each command whether it works and what it or its options lack."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    extras = (f"{name}: {'complete' if not lacks else ', '.join(lacks)}" for name, lacks in report["extras"].items())
+    console.print(f"[bold]extras[/]    {escape('; '.join(extras))}")
+    table = Table("command", "works", "lacks", title="commands")
+    for command, row in report["commands"].items():
+        lacks = [f"{', '.join(row['lacks'])}: {row['install']}"] if row["lacks"] else []
+        lacks += [f"for {option}: {install}" for option, install in row["without"].items()]
+        table.add_row(command, "[green]yes[/]" if row["works"] else "[red]no[/]", escape("; ".join(lacks)))
+    console.print(table)
 
 
 def _short(value: Any) -> str:

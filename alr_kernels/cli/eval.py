@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import _output
 from ._errors import clean
 
 if TYPE_CHECKING:
@@ -128,43 +129,47 @@ def eval(
     Differences come with 95 % intervals. docs/evaluation.md defines every number.
     """
     given = locals()
-    with clean("eval", debug):
-        results = _results(given)
-    if results is None:
-        return
-    for note in results["notes"]:
-        typer.echo(f"alr-kernels eval: {note}", err=True)
-    if as_json:
-        typer.echo(json.dumps(results, indent=1, allow_nan=False))
-    else:
-        from rich.console import Console
-
-        from ..report import evaluation_table
-
-        evaluation_table.show(results, Console(width=None if sys.stdout.isatty() else evaluation_table.WIDTH))
-
-
-def _results(given: dict[str, Any]) -> dict[str, Any] | None:
-    """Measure; None in a process that leaves it to another one."""
-    from .. import _environment, _validate_choices, _validate_finetune, _validate_values
+    from .. import _environment
 
     rank, processes = _environment.launched()
     if rank:
-        return None
-    if processes > 1:
-        typer.echo(f"alr-kernels eval: launched as {processes} processes; the first measures, alone.", err=True)
+        return  # the first process of a job measures, alone
+    with clean("eval", debug), _output.quiet("eval", True, debug):
+        if processes > 1:
+            typer.echo(f"alr-kernels eval: launched as {processes} processes; the first measures, alone.", err=True)
+        results = _results(given)
+        for note in results["notes"]:
+            typer.echo(f"alr-kernels eval: {note}", err=True)
+        if as_json:
+            typer.echo(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False))
+        else:
+            from rich.console import Console
+
+            from ..report import evaluation_table
+
+            evaluation_table.show(results, Console(width=None if sys.stdout.isatty() else evaluation_table.WIDTH))
+
+
+def _results(given: dict[str, Any]) -> dict[str, Any]:
+    """Check the options and measure."""
+    from .. import _validate_choices, _validate_finetune, _validate_values
+
     _validate_choices.result_file(given["out"])
     _validate_choices.options_of_texts(given)
     for option, low in (("limit", 1), ("batch", 1), ("max_length", 2)):
         if given[option] is not None:
             _validate_finetune.at_least(f"--{option.replace('_', '-')}", given[option], low)
     _validate_values.seed(given["seed"], "--seed")
-    _quiet(given["debug"])
-    from ..finetune.card import plain
-    from ..finetune.comparison import compare
-    from ..finetune.outcome import write_json
+    from rich.console import Console
 
-    results = plain(compare(_request(given), _progress()))
+    from ..finetune.card import plain
+
+    console = Console(file=sys.stderr)
+    with console.status("importing torch and transformers"):
+        from ..finetune.comparison import compare
+        from ..finetune.outcome import write_json
+    with _output.Shown("eval", console) as progress:
+        results = plain(compare(_request(given), progress))
     if given["out"] is not None:
         write_json(given["out"], results)
     return results
@@ -199,50 +204,3 @@ def _request(given: dict[str, Any]) -> Request:
         loss_on=given["loss_on"].value if given["loss_on"] else "answers",
         **{name: given[name] for name in ("max_length", "packing", "batch", "limit", "seed")},
     )
-
-
-def _quiet(debug: bool) -> None:
-    """Keep other libraries from writing between the lines."""
-    if debug:
-        return
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore")
-
-
-def _progress() -> Any:
-    """Return a progress on stderr: bars on a terminal, else a line for each part."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    from ..finetune.progress import Progress, Tick
-
-    console = Console(stderr=True)
-
-    class Shown(Progress):
-        """One bar at a time, which stays when it is full."""
-
-        bars: Bars | None = None
-
-        def phase(self, name: str, total: int, done: int = 0) -> Tick:
-            if not console.is_terminal:
-                typer.echo(f"{name}: {total} batches", err=True)
-                return super().phase(name, total, done)
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            bars = Bars(*columns, console=console)
-            task = bars.add_task(name, total=total, completed=done)
-            bars.start()
-
-            def tick(step: int, note: str = "") -> None:
-                bars.update(task, completed=step)
-                if step >= total:
-                    bars.stop()
-
-            return tick
-
-    return Shown()

@@ -109,6 +109,10 @@ def compare(request: Request, progress: Progress | None = None) -> dict[str, Any
     for flag, name in (("--model", request.model.model), ("--before", request.before)):
         if name is not None:
             _validate_finetune.model_folder(flag, name)
+    from .data import files
+
+    for source in request.texts.values():
+        files.find(source)  # before minutes go by with the first model
     began = time.perf_counter()
     shapes, asked = {}, {}
     for name in (*request.choices, *request.domain_choices):

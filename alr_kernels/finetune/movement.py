@@ -17,7 +17,7 @@ from ..importance.sharded import encoded_part
 from ..importance.statistics import BINS, bin_of
 from ..lora.reference import move, row_blocks
 from ..lora.space import factors_of
-from ..names import ROOT_LAYER, layer_of, unwrap
+from ..names import layer_of, module_of, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,25 +29,6 @@ if TYPE_CHECKING:
     from ..optim import AlrAdamW
 
 EDGES = tuple(4.0**b * 2.0**-63 for b in range(BINS))  # where the bins of Ω begin
-
-
-def module_of(name: str) -> tuple[str, str]:
-    """Return the block that a parameter belongs to and what it is there: row and column of a heat map.
-
-    A weight is called as its module; other parameters of a module have their own name behind it.
-
-    >>> module_of("model.layers.3.self_attn.q_proj.weight")
-    ('model.layers.3', 'self_attn.q_proj')
-    >>> module_of("h.0.attn.c_attn.bias"), module_of("lm_head.weight")
-    (('h.0', 'attn.c_attn.bias'), ('lm_head', 'lm_head'))
-    """
-    name = unwrap(name)
-    block = layer_of(name)
-    path, _, last = name.rpartition(".")
-    kind, at, adapter = last.partition("@")  # LoRA with several adapters: weight@second
-    within = path.removeprefix(block).lstrip(".") or ("" if block == ROOT_LAYER else block.rpartition(".")[2])
-    parts = [within] if kind == "weight" and within else [within, kind]
-    return block, ".".join(part for part in parts if part) + at + adapter
 
 
 def coefficient_rows(importance: Importance, coeffs: LayerCoefficients) -> dict[str, Any]:

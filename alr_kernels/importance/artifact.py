@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
@@ -262,11 +261,9 @@ class Importance(Mapping[str, "Tensor"]):
         common = (self._formats() or other._formats() or ["fp32"])[0]
         formats = {name: fitting(common, entry.shape) for name, entry in other._entries.items() if name not in self}
         result = self._combined(other, weights, formats)
-        result.method = "+".join(dict.fromkeys([*self.method.split("+"), *other.method.split("+")]))
-        if self.xi != other.xi or self.relative != other.relative:
-            result.xi, result.relative = None, False
-        result.cut = self.cut if self.cut == other.cut else None
-        return result._with(result._stats, self.steps + other.steps, self.is_normalized)
+        about = self.about.merged(other.about)
+        result.method, result.xi, result.relative, result.cut = about.method, about.xi, about.relative, about.cut
+        return result._with(result._stats, about.steps, self.is_normalized)
 
     def _combined(
         self, other: Importance | None, weights: tuple[float, float] | None, formats: Mapping[str, str]
@@ -288,18 +285,16 @@ class Importance(Mapping[str, "Tensor"]):
         for name, row, histogram in zip(names, table, counts, strict=True):
             known = [x._stats.get(name) if x is not None else None for x in (self, other)]
             _validate_importance.importance_range(name, float(row[MAXIMUM]))
-            stats[name] = TensorStats.of_row(row, histogram, False)._replace(
-                path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in known], known),
-                negative_mass=_linear(weights, [past and past.negative_mass for past in known], known),
-                nonfinite=sum(past.nonfinite for past in known if past is not None),
-            )
+            stats[name] = TensorStats.of_row(row, histogram, False).after(known, weights)
         return self._like(dict(zip(names, entries, strict=True)), stats)
 
-    def _about(self) -> files.About:
+    @property
+    def about(self) -> files.About:
+        """How it was made, as files say it."""
         return files.About(self.method, self.xi, self.relative, self.steps, self.is_normalized, self.cut)
 
     def _like(self, entries: Mapping[str, Encoded], stats: Mapping[str, TensorStats]) -> Importance:
-        return Importance(entries, stats=stats, **self._about()._asdict())
+        return Importance(entries, stats=stats, **self.about._asdict())
 
     def _with(self, stats: Mapping[str, TensorStats], steps: int, normalized: bool) -> Importance:
         self._stats, self.steps, self.is_normalized = dict(stats), steps, normalized
@@ -317,7 +312,7 @@ class Importance(Mapping[str, "Tensor"]):
         Sharded importance is saved by a call on every rank: each writes its rows into the same file, in a folder that
         all of them see.
         """
-        about = self._about()
+        about = self.about
         layout = {name: (entry.format, tuple(entry.shape)) for name, entry in self._entries.items()}
         shardings = [_dtensor.Sharding.of(name, entry.values) for name, entry in self._entries.items()]
         with files.ImportanceWriter.of_layout(path, layout, about, shardings) as writer:
@@ -341,15 +336,6 @@ class Importance(Mapping[str, "Tensor"]):
 
 def _mergeable_format(kept: str) -> str:
     return "fp32" if kept == "fp16" else kept  # sums may pass what float16 holds
-
-
-def _linear(
-    weights: tuple[float, float] | None, values: list[float | None], pair: list[TensorStats | None]
-) -> float | None:
-    """Return a·x_a + b·x_b; None where one that is there is not known, or where a maximum was taken."""
-    if weights is None or any(value is None and past is not None for value, past in zip(values, pair, strict=True)):
-        return None
-    return math.fsum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True))
 
 
 def content_fingerprint(tensors: Mapping[str, Tensor]) -> str:

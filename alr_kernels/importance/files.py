@@ -57,6 +57,17 @@ class About(NamedTuple):
     normalized: bool = False
     cut: float | None = None  # of eigenvalues, where LoRA's factors were made orthonormal
 
+    def merged(self, other: About) -> About:
+        """Return what is said of both in one; ``normalized`` stays this one's."""
+        alike = (self.xi, self.relative) == (other.xi, other.relative)
+        return self._replace(
+            method="+".join(dict.fromkeys([*self.method.split("+"), *other.method.split("+")])),
+            xi=self.xi if alike else None,
+            relative=self.relative and alike,
+            steps=self.steps + other.steps,
+            cut=self.cut if self.cut == other.cut else None,
+        )
+
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # name → (format, shape of the parameter)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,6 +76,17 @@ class TensorStats(NamedTuple):
             histogram=tuple(counts.tolist()),
         )
 
+    def after(self, known: Sequence[TensorStats | None], weights: Sequence[float] | None) -> TensorStats:
+        """Return it with what is known of ω: self is of Σ wᵢ·Ωᵢ, or of max(Ωᵢ) without weights.
+
+        ``known``: statistics of the Ωᵢ, None where one counts as 0.
+        """
+        return self._replace(
+            path_integral_sum=_linear(weights, [past and past.path_integral_sum for past in known], known),
+            negative_mass=_linear(weights, [past and past.negative_mass for past in known], known),
+            nonfinite=sum(past.nonfinite for past in known if past is not None),
+        )
+
     def row(self) -> list[float]:
         """Return it as a row of ``STATISTICS``; NaN where nothing is known."""
         omega = (math.nan if value is None else value for value in (self.path_integral_sum, self.negative_mass))
@@ -109,6 +120,15 @@ class TensorStats(NamedTuple):
             sum(row.nonfinite for row in rows),
             tuple(map(sum, zip(*(row.histogram for row in rows), strict=True))) or (0,) * BINS,
         )
+
+
+def _linear(
+    weights: Sequence[float] | None, values: Sequence[float | None], known: Sequence[TensorStats | None]
+) -> float | None:
+    """Return Σ wᵢ·xᵢ; None where one that is there is not known, or where a maximum was taken."""
+    if weights is None or any(value is None and past is not None for value, past in zip(values, known, strict=True)):
+        return None
+    return math.fsum(weight * (value or 0.0) for weight, value in zip(weights, values, strict=True))
 
 
 class Summary(dict[str, TensorStats]):

@@ -56,7 +56,7 @@ def lines(axes: Any, series: Sequence[Series]) -> None:
             marker=entry.marker,
             markevery=max(1, len(values) // 12),
             linestyle="--" if entry.dashed else "-",
-            label=entry.label if entry.strong else None,
+            label=elided(entry.label, 40) if entry.strong else None,
             zorder=3 if entry.strong else 2,
             **({} if entry.strong else {"linewidth": 0.8, "markersize": 2.5, "alpha": 0.4}),
         )
@@ -91,7 +91,7 @@ def bars(axes: Any, rows: Sequence[tuple[str, float, str]], colour: str = BLUE) 
     """Draw horizontal bars, the first on top, each with its own words behind it: (name, length, words)."""
     places = range(len(rows))
     axes.barh(places, [length for _, length, _ in rows], height=0.62, color=colour)
-    axes.set_yticks(places, [name for name, _, _ in rows])
+    axes.set_yticks(places, [elided(name) for name, _, _ in rows])
     axes.invert_yaxis()
     longest = max((length for _, length, _ in rows), default=0.0)
     for place, (_, length, words) in zip(places, rows, strict=True):
@@ -125,13 +125,24 @@ def heat_map(
                 axes.text(x, y, f"{value:.{digits}f}", ha="center", va="center_baseline", fontsize=8)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), rows)
+    columns = [elided(column) for column in columns]
+    axes.set_yticks(range(len(rows)), [elided(row) for row in rows])
     turned = max(map(len, columns), default=0) * 0.075 > (width - 1.4) / max(1, len(columns))
     turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if turned else {}
     axes.set_xticks(range(len(columns)), columns, **turn)
     axes.grid(False)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
+
+
+def elided(name: str, longest: int = 24) -> str:
+    """Cut the middle out of a name that would leave no room for the drawing.
+
+    >>> elided("a_module_with_quite_a_long_name.weight")
+    'a_module_wit…name.weight'
+    """
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[:half]}…{name[1 + half - longest :]}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -144,11 +155,16 @@ def power_of_ten(exponent: int) -> str:
 
 
 def decades(axis: Any) -> None:
-    """Label a logarithmic axis by plain powers of ten."""
+    """Label a logarithmic axis by plain powers of ten, or within one or two of them by plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(numticks=6))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
+    low, high = axis.get_view_interval()
+    if high / low < 50:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axis.set_major_locator(LogLocator(numticks=6))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(round(math.log10(value)))))
     axis.set_minor_formatter(NullFormatter())
 
 

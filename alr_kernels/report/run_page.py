@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from . import charts, drawing
 from .drawing import Series, duration
-from .page import Absent, Cell, Chart, Number, Page, Table
+from .page import Absent, Cell, Chart, Number, Page, Table, shown
 from .palette import BLACK, BLUE, VERMILLION
 from .run_words import NATS, summary
 
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 # phase of the results → what the page calls it, colour, marker
 STYLE = {
-    "tune": ("with the pull", VERMILLION, "D"),
-    "plain": ("without (baseline)", BLACK, "o"),
+    "tune": ("tuned", VERMILLION, "D"),
+    "plain": ("baseline (no pull)", BLACK, "o"),
     "record": ("recording", BLUE, "^"),
 }
 NO_GENERAL = "No general text was measured, so nothing is known of what was forgotten: give one with `--general`."
@@ -41,13 +42,14 @@ def page(results: Mapping[str, Any]) -> Page:
     Raises:
         KeyError: a part that every results file has is not there.
     """
-    model, data = results["model"], results["data"]
+    model, data, options = results["model"], results["data"], results["options"]
     whole = model["trained_parameters"] == model["parameters"]
     what = "LoRA adapters on " if model["space"] == "lora" else ""
     return Page(
-        title=f"{model['name']}, tuned on {data['domain']['source']}",
+        title=f"{_last(model['name'])}, tuned on {_last(data['domain']['source'])}",
         subtitle=f"alr-kernels {results['verb']}: {what}{model['architecture']}, {model['parameters']:,} parameters, "
-        + ("all trained" if whole else f"{model['trained_parameters']:,} of them trained"),
+        + ("all trained" if whole else f"{model['trained_parameters']:,} of them trained")
+        + (f", λ {options['reg_lambda']:g}" if options.get("reg_lambda") is not None else ""),
         summary=summary(results),
         charts=[
             _curves(results),
@@ -61,6 +63,16 @@ def page(results: Mapping[str, Any]) -> Page:
         numbers=_numbers(results),
         data=results,
     )
+
+
+def _last(name: str) -> str:
+    """Return a folder's or file's own name; what a hub calls owner/name stays.
+
+    >>> _last("/models/tiny/"), _last("owner/tiny")
+    ('tiny', 'owner/tiny')
+    """
+    path = PurePath(name)
+    return path.name if path.is_absolute() or name.startswith((".", "~")) else name
 
 
 def _numbers(results: Mapping[str, Any]) -> list[Number]:
@@ -141,7 +153,7 @@ def _coefficients(results: Mapping[str, Any]) -> Chart | Absent:
     found, title = results["coefficients"], "Where the pull is strong"
     if not found or not found["modules"]:
         return Absent("coefficients", title, NO_IMPORTANCE)
-    temperature = "" if found["temperature"] is None else f", T = {found['temperature']:.3g}"
+    temperature = "" if found["temperature"] is None else f", T = {shown(found['temperature'])}"
     note = (
         "How the pull is spread over the model: the share of α·ΣΩ that lies on each module, in per cent. Layers are "
         f"weighed by {found['rule']}{temperature}, as if by {found['effective_layers']:.1f} layers of equal weight."
@@ -158,7 +170,7 @@ def _movement(results: Mapping[str, Any]) -> Chart | Absent:
         "How far weights are from where they started, by how important they are; below, how many weights there are of "
         "each importance. The pull holds those on the right"
     )
-    ends = ": there its line lies below the baseline's." if len(shown) > 1 else f". {NO_BASELINE}"
+    ends = ": there its line should lie below the baseline's." if len(shown) > 1 else f". {NO_BASELINE}"
     return charts.movement("movement", title, note + ends, shown)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..demo.frontier import general_at, shared_level
 from . import charts
 from .drawing import as_bytes, duration
 
@@ -13,7 +14,7 @@ NATS = "nats per token"
 
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Return paragraphs: what was learnt, what was forgotten, what the pull changed, what it cost."""
-    parts = (_learnt, _forgotten, _compared, _moved, _spent)
+    parts = (_learnt, _forgotten, _compared, _at_equal_learning, _moved, _spent)
     return [said for said in (part(results) for part in parts) if said]
 
 
@@ -47,21 +48,44 @@ def _compared(results: Mapping[str, Any]) -> str:
     plain_gain, plain_lost = said.get("plain_domain_gain"), said.get("plain_forgetting")
     if plain_gain is None:
         return ""
-    if plain_lost is None:
+    if plain_lost is None or said["forgetting"] is None:
         return f"The baseline, the same training without the pull, learnt {plain_gain:.3f} nats per token."
     lost, gain = said["forgetting"], said["domain_gain"]
+    if plain_lost <= 0:
+        return (
+            f"The baseline, the same training without the pull, learnt {plain_gain:.3f} nats per token and forgot "
+            f"nothing (its general NLL fell by {-plain_lost:.3f}): there was nothing to save."
+        )
     began = (
         f"The baseline, the same training without the pull, learnt {plain_gain:.3f} and forgot {plain_lost:.3f} nats "
         "per token"
     )
-    if plain_lost <= 0:
-        return f"{began}: it had nothing to save."
     share = 100 * (plain_lost - lost) / plain_lost
     saved = f"avoided {share:.0f} % of that forgetting" if share > 0 else f"forgot {-share:.0f} % more"
     if plain_gain <= 0:
         return f"{began}. The pull {saved}."
     kept = 100 * gain / plain_gain
     return f"{began}. The pull {saved}, and kept {kept:.0f} % of what the baseline learnt."
+
+
+def _at_equal_learning(results: Mapping[str, Any]) -> str:
+    """Compare with the baseline where both had learnt the same: at the end, whoever learnt less forgot less, too."""
+    points = {
+        phase: [(entry["domain"], entry["general"]) for entry in results["curves"].get(phase) or ()
+                if entry["domain"] is not None and entry.get("general") is not None]
+        for phase in ("tune", "plain")
+    }  # fmt: skip
+    if not all(points.values()):
+        return ""
+    level = shared_level(list(points.values()))
+    tuned, plain = (general_at(points[phase], level) for phase in ("tune", "plain"))
+    if tuned is None or plain is None:
+        return ""
+    start = results["before"]["general"]["nll"]
+    return (
+        f"At the same domain NLL of {level:.3f}, the best that both reached, general NLL had changed by "
+        f"{tuned - start:+.3f} with the pull and by {plain - start:+.3f} without."
+    )
 
 
 def _moved(results: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ _STYLE: dict[str, Any] = {
     "axes.edgecolor": MUTED,
     "grid.color": GRID,
     "axes.unicode_minus": True,
+    "text.parse_math": False,  # a $ in a name is a $
     "axes.formatter.useoffset": False,
 }
 _VARIABLE = {colour.light: f"var(--{colour.name})" for colour in COLOURS}

@@ -46,12 +46,7 @@ def load(
         progress: told "reading" or "tokenising", and how many rows so far.
 
     Returns:
-        The sets and their facts: ``source``, ``held_out_source``, ``format``, ``held_out_format``, ``columns``,
-        ``unit`` (what a row is), ``fingerprint`` (SHA-256 of the content of all rows in use), ``rows``, ``train_rows``,
-        ``held_out_rows``, ``train_sequences``, ``held_out_sequences``, ``train_tokens``, ``held_out_tokens``,
-        ``loss_tokens`` and ``held_out_loss_tokens`` (those in the loss), ``dropped`` (rows and sequences without any),
-        ``truncated`` (rows), ``overlap`` (rows not trained on because ``held_out_data`` has them), ``packed``,
-        ``files``, ``ignored_files``. None: of a side that was not tokenised.
+        The sets and what is known of them.
 
     Raises:
         FileNotFoundError, ValueError, TypeError, ImportError: naming file, row and what to do.
@@ -166,7 +161,7 @@ class _Sequences:
             self.tokens += len(ids)
             self.in_loss += len(labels) - labels.count(IGNORED)
             waiting += len(ids)
-            if waiting > BATCH_CHARACTERS // 4:
+            if waiting > BATCH_CHARACTERS // 4:  # about as many tokens
                 self.store.append(batch)
                 batch, waiting = {"input_ids": [], "labels": []}, 0
         self.store.append(batch)

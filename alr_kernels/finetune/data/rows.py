@@ -18,7 +18,7 @@ from .source import Progress, Source
 from .store import Store
 
 DIGEST = 16  # bytes of a row's hash
-BATCH_ROWS, BATCH_CHARACTERS = 1000, 2**22  # of a batch in the store, whichever is reached first
+BATCH_ROWS, BATCH_CHARACTERS = 1000, 2**20  # of a batch, whichever is reached first; tokens take some 200 bytes each
 
 
 @dataclass

@@ -67,6 +67,13 @@ class Texts:
     ``train`` and ``held_out`` have the columns ``input_ids`` and ``labels``, lists of int32 of one length ≤ max_length.
     Labels stand where their tokens stand, as transformers expects (its models shift them); -100 is not in the loss, and
     the first of each sequence always is -100, so that the labels that are not are the tokens that a loss counts.
+
+    ``facts``: ``source``, ``held_out_source``, ``format``, ``held_out_format``, ``columns``, ``unit`` (what a row is),
+    ``fingerprint`` (SHA-256 of the content of all rows in use), ``rows``, ``train_rows``, ``held_out_rows``,
+    ``train_sequences``, ``held_out_sequences``, ``train_tokens``, ``held_out_tokens``, ``loss_tokens`` and
+    ``held_out_loss_tokens`` (those in the loss), ``dropped`` (rows and sequences without any), ``truncated`` (rows),
+    ``overlap`` (rows not trained on because ``held_out_data`` has them), ``packed``, ``files``, ``ignored_files``.
+    None: of a side that was not tokenised.
     """
 
     train: Dataset | None

@@ -30,12 +30,13 @@ class Store:
 
     Args:
         schema: a pyarrow schema.
-        in_memory: bytes up to which no file is made.
+        in_memory: bytes up to which no file is made; None: `IN_MEMORY`.
         folder: of the file; None: that of this process.
     """
 
-    def __init__(self, schema: Any, in_memory: int = IN_MEMORY, folder: Path | None = None) -> None:
-        self.schema, self.in_memory = schema, in_memory
+    def __init__(self, schema: Any, in_memory: int | None = None, folder: Path | None = None) -> None:
+        self.schema = schema
+        self.in_memory = IN_MEMORY if in_memory is None else in_memory
         self._batches: list[Any] = []
         self._bytes = 0
         self._where = folder

@@ -101,15 +101,11 @@ class Encoder:
         places = [self.place(document.table, document.number) for document in documents]
         texts = [self._render(chat, place) for chat, place in zip(chats, places, strict=True)]
         spans = [[] if self.all else self._spans(*one) for one in zip(chats, texts, places, strict=True)]
-        cuts = iter(
-            self._ids([text[:cut] for text, found in zip(texts, spans, strict=True) for s in found for cut in s])
-        )
         encoded = []
         for chat, text, ids, found in zip(chats, texts, self._ids(texts), spans, strict=True):
             labels = list(ids) if self.all else [IGNORED] * len(ids)
-            for _, end in found:
-                start, stop = _shared(next(cuts), ids), _shared(next(cuts), ids)
-                stop = len(ids) if end == len(text) else stop
+            for pair in found:
+                start, stop = (_shared(part, ids) for part in self._ids([text[:cut] for cut in pair]))
                 labels[start:stop] = ids[start:stop]
             if chat[-1]["role"] == "assistant" and self.eos is not None and not text.rstrip().endswith(self.marks):
                 ids, labels = [*ids, self.eos], [*labels, self.eos]
