@@ -37,7 +37,7 @@ def in_child(work):
 
 
 def watched(out, log, last):
-    """Count what changes files under a name; die before the last-th of it, leave the count in a file."""
+    """Count what changes files under a name; die before the last-th of it, or write down what it was."""
     count = 0
 
     def hook(event, arguments):
@@ -52,7 +52,7 @@ def watched(out, log, last):
             if count == last:
                 os.kill(os.getpid(), signal.SIGKILL)
             if log:
-                os.pwrite(log, str(count).encode(), 0)
+                os.write(log, f"{event} {os.fsdecode(path)}\n".encode())
 
     sys.addaudithook(hook)
 
@@ -94,15 +94,18 @@ def left(home):
 def main(folder, verb, events):
     log = os.open(folder / f"count-{verb}", os.O_CREAT | os.O_RDWR)
     assert in_child(run(verb, folder, f"whole-{verb}", {}, log=log)) == 0
-    total = int((folder / f"count-{verb}").read_text())
+    seen = (folder / f"count-{verb}").read_text().splitlines()
     whole = left(folder / f"whole-{verb}")
     wrong, resumed = [], 0
-    for index in range(events):
-        last = 1 + round(index * (total - 1) / (events - 1))
+    moves = [i for i, line in enumerate(seen, 1) if line.startswith("os.rename") and "/.saving/" in line]
+    chosen = {1 + round(index * (len(seen) - 1) / (events - 1)) for index in range(events)} | {moves[1], moves[-1]}
+    for last in sorted(chosen):
         name = f"killed-{verb}-{last}"
         if os.WTERMSIG(in_child(run(verb, folder, name, {}, last))) != signal.SIGKILL:
             wrong.append(f"{last}: it was not killed")
-        if not left(folder / name).items() <= whole.items():
+        found = left(folder / name)
+        folders = {os.path.dirname(file) for file in found}
+        if found != {file: data for file, data in whole.items() if os.path.dirname(file) in folders}:
             wrong.append(f"{last}: something that is not whole can be taken for whole")
         begun = any(path.name in ("begun.yaml", "results.json", "out.run.yaml") for path in (folder / name).rglob("*"))
         if in_child(run(verb, folder, name, {"resume": begun})):
@@ -112,7 +115,7 @@ def main(folder, verb, events):
             wrong.append(f"{last}: the end is another")
         if any("checkpoint" in path.name or path.suffix == ".work" for path in (folder / name).rglob("*")):
             wrong.append(f"{last}: something was left behind")
-    print(json.dumps({"total": total, "files": sorted(whole), "resumed": resumed, "wrong": wrong}))
+    print(json.dumps({"total": len(seen), "files": sorted(whole), "resumed": resumed, "wrong": wrong}))
 
 
 if __name__ == "__main__":

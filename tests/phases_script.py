@@ -1,6 +1,6 @@
-"""Run by a launcher: a verb on the processes of a job, interrupted and gone on with as often as is asked for.
+"""Run by a launcher: verbs on the processes of a job, interrupted and gone on with as often as is asked for.
 
-Arguments: the verb, JSON of [phase, step] after which Ctrl-C is pressed, JSON of options. Prints the results.
+Argument: JSON of [verb, [phase, step] after which Ctrl-C is pressed ..., options] of each run. Prints their results.
 
 FSDP2 on CPUs: accelerate shards on accelerators alone; all but that test of the device's kind is the same.
 """
@@ -47,23 +47,28 @@ class Interrupting(Progress):
         return tick
 
 
-def main(verb, stops, options):
+def gone_on(verb, stops, options):
+    """Return the results of a verb that is interrupted so often."""
     from alr_kernels.finetune import phases
 
-    torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        AcceleratorState.__init__ = on_processors
     settings = cases.settings(verb, **options)
     for index, (phase, step) in enumerate(stops):
         with contextlib.suppress(Stopped):
             getattr(phases, verb)(settings, resume=index > 0, progress=Interrupting(phase, step))
             raise AssertionError(f"it went on after step {step} of {phase}")
-    found = getattr(phases, verb)(settings, resume=bool(stops))
+    return getattr(phases, verb)(settings, resume=bool(stops))
+
+
+def main(runs):
+    torch.set_num_threads(1)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        AcceleratorState.__init__ = on_processors
+    found = [gone_on(*run) for run in runs]
     if torch.distributed.get_rank() == 0:
         print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(json.loads, sys.argv[2:4]))
+    main(json.loads(sys.argv[1]))
     gc.collect()  # what holds the process group goes before it does, or torch may abort at exit
     torch.distributed.destroy_process_group()

@@ -353,13 +353,16 @@ def test_a_second_ctrl_c_stops_at_once(home, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
         def phase(self, name, total, done=0):
-            return lambda step, note="": step == 3 and os.kill(os.getpid(), signal.SIGINT)
+            return lambda step, note="": step == 3 and "loss" in note and os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as caught:
         record(home, tmp_path / "i.safetensors", progress=Twice())
     assert not isinstance(caught.value, Stopped)
     record(home, tmp_path / "i.safetensors", how={"resume": True})
     assert (tmp_path / "i.safetensors").read_bytes() == (home / "importance.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "i.metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6], "what the steps after the checkpoint wrote is written once"
 
 
 # ---------------------------------------------------------------- what is there already

@@ -96,14 +96,17 @@ def in_order(config):
     return {key: sorted(value) if isinstance(value, list) else value for key, value in config.items()}
 
 
-@pytest.mark.parametrize(("kind", "stops"), [("full", []), ("lora", [["record", 4], ["tune", 2]])])
-def test_sharded(home, tmp_path, kind, stops):
-    """FSDP2; the second is interrupted in both phases, on one of the ranks, and ends as if it had not been."""
-    options = given(home) | {"out": str(tmp_path / "out"), "batch": 4} | ({"lora": LORA} if kind == "lora" else {})
-    process = launch(str(TESTS / "phases_script.py"), "run", json.dumps(stops), json.dumps(options), more=FSDP2)
-    found = result(process)
-    same_to_rounding(found, tmp_path / "out", home, kind)
-    assert found["cost"]["bytes"]["moments"] < 0.6 * 8 * found["model"]["trained_parameters"]
+def test_sharded(home, tmp_path):
+    """FSDP2; the run with LoRA is interrupted in both phases, on one of the ranks, and ends as if it had not been."""
+    kinds = {"full": ([], {}), "lora": ([["record", 4], ["tune", 2]], {"lora": LORA})}
+    runs = [
+        ["run", stops, {**given(home), "out": str(tmp_path / kind), "batch": 4, **more}]
+        for kind, (stops, more) in kinds.items()
+    ]
+    process = launch(str(TESTS / "phases_script.py"), json.dumps(runs), more=FSDP2)
+    for kind, found in zip(kinds, result(process), strict=True):
+        same_to_rounding(found, tmp_path / kind, home, kind)
+        assert found["cost"]["bytes"]["moments"] < 0.6 * 8 * found["model"]["trained_parameters"]
 
 
 def test_the_command_under_ddp(home, tmp_path):

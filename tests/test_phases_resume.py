@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize(("verb", "kills"), [("record", 7), ("tune", 8)])
+@pytest.mark.parametrize(("verb", "kills"), [("record", 4), ("tune", 5)])
 def test_killed_anywhere(home, verb, kills):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), str(TESTS.parent)])
