@@ -58,6 +58,8 @@ PAGES = [*(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))
 
 @pytest.mark.parametrize("page", PAGES)
 def test_linked_files_exist(page: str) -> None:
-    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)  # code has brackets, too
+    text = re.sub(
+        r"```.*?```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL
+    )  # code has brackets, too
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), target
