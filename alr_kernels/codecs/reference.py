@@ -92,14 +92,14 @@ def encode_rank1(importance: Tensor) -> tuple[Tensor, Tensor]:
     """
     m, *rest = importance.shape
     matrix = importance.reshape(m, math.prod(rest))
-    rows, columns = [matrix.new_empty(0, dtype=torch.float64)], matrix.new_zeros(math.prod(rest), dtype=torch.float64)
-    for part in matrix.split(max(1, ELEMENTS // max(math.prod(rest), 1))):
+    rows, columns = (matrix.new_zeros(size, dtype=torch.float64) for size in matrix.shape)
+    for part, sums in zip(*(x.split(max(1, ELEMENTS // max(math.prod(rest), 1))) for x in (matrix, rows)), strict=True):
         wide = part.double()
-        rows.append(wide.sum(1))
+        sums.copy_(wide.sum(1))
         columns += wide.sum(0)
     total = columns.sum()
     shares = torch.where(total == 0, 0.0, columns / total)
-    return torch.cat(rows).clamp(max=FLOAT32_MAX).float(), shares.float().reshape(rest)
+    return rows.clamp(max=FLOAT32_MAX).float(), shares.float().reshape(rest)
 
 
 def decode_rank1(values: Tensor, scales: Tensor) -> Tensor:

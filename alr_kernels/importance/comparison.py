@@ -161,11 +161,12 @@ class _Group:
 
     def __init__(self, label: str, elements: int, options: _Options) -> None:
         self.label, self.elements, self.seed = label, elements, options.seed
-        self.share = min(1.0, options.sample / max(elements, 1))
+        self.wanted = min(elements, options.sample)  # elements to rank
         self.count = math.ceil(elements * options.top - 1e-9)
         self.selections = (Selection(self.count), Selection(self.count))
         self.bounds: tuple[Bound, Bound] | None = None
-        self.samples: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self.samples: Tensor | None = None  # [2, wanted]
+        self.seen = 0  # elements, of which so many were ranked as are their share
         self.logs = Moments()
         self.sums = [0.0] * 5  # Σa, Σb, Σa², Σb², Σab
         self.ranked, self.inside = 0, 0.0
@@ -175,20 +176,26 @@ class _Group:
         """Take a chunk in the first pass."""
         self.logs.add(part.logs)
         self.sums = [x + y for x, y in zip(self.sums, part.sums, strict=True)]
-        places = sampled(part.values[0].numel(), self.share, f"{self.seed} {self.label} {part.key}")
         for side in (0, 1):
             self.selections[side].count_upper(part.counts[side])
-            values = part.values[side]
-            self.samples[side].append(values if places is None else values[places])
+        if self.samples is None:
+            self.samples = torch.empty(2, self.wanted)  # whole: pieces of it would fragment memory
+        numel = part.values[0].numel()
+        first, last = (x * self.wanted // max(self.elements, 1) for x in (self.seen, self.seen + numel))
+        self.seen += numel
+        places = slice(None)
+        if self.wanted < self.elements:
+            places = sampled(numel, last - first, f"{self.seed} {self.label} {part.key}")
+        for kept, values in zip(self.samples, part.values, strict=True):
+            kept[first:last] = values[places]
 
     def end_first(self) -> None:
         """Rank what was sampled, and let it go."""
-        if self.count:
-            first, second = (torch.cat(parts) for parts in self.samples)
-            self.ranked, self.correlation = first.numel(), rank_correlation(first, second)
+        if self.samples is not None and self.count:
+            self.ranked, self.correlation = self.wanted, rank_correlation(*self.samples)
             for selection in self.selections:
                 selection.narrow()
-        self.samples = ([], [])
+        self.samples = None
 
     def end_second(self) -> None:
         """Find the bounds of the largest elements."""
@@ -217,7 +224,8 @@ class _Part:
         a, b = (part.double() for part in self.values)
         self.sums = [float(a.sum()), float(b.sum()), float(a.dot(a)), float(b.dot(b)), float(a.dot(b))]
         both = (a > 0) & (b > 0)
-        self.logs = Moments.of(a[both].log(), b[both].log())
+        first, second = (part.log() for part in self.values)  # −inf where Ω is 0, which does not count
+        self.logs = Moments.of(first, second, both)
 
 
 def _agreements(

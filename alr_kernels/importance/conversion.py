@@ -201,17 +201,17 @@ def _combined(
     wide = "fp64" if any(entry is not None and entry.format == "fp64" for entry in entries) else "fp32"
     scales = [factor / mean for factor, mean in zip(factors or [1.0] * len(means), means, strict=True)]
     here = [(entry, scale) for entry, scale in zip(entries, scales, strict=True) if entry is not None]
-    whole, scale = here[0]
-    if len(here) == 1 or factors is None:
-        whole, scale = _ops.merge([whole], [None], [wide], (scale, 0.0))[0][0], 1.0
-    for entry, other in here[1:]:
+    (whole, scale), *others = here
+    if not others or factors is None:
+        (whole,), table, counts = _ops.merge([whole], [None], [wide], (scale, 0.0))
+        scale = 1.0
+    for entry, other in others:
         if factors is None:
             scaled = entry if other == 1.0 else _ops.merge([entry], [None], [wide], (other, 0.0))[0][0]
-            (whole,), *_ = _ops.merge([whole], [scaled], [wide], None)
+            (whole,), table, counts = _ops.merge([whole], [scaled], [wide], None)
         else:
-            (whole,), *_ = _ops.merge([whole], [entry], [wide], (scale, other))
+            (whole,), table, counts = _ops.merge([whole], [entry], [wide], (scale, other))
             scale = 1.0
-    _, table, counts = _ops.merge([whole], [None], [wide], (1.0, 0.0))
     _validate_importance.importance_range(name, float(table[0][MAXIMUM]))
     return whole, TensorStats.of_row(table[0], counts[0], False).after(known, factors)
 

@@ -33,18 +33,15 @@ def rank_correlation(first: Tensor, second: Tensor) -> float | None:
     return Moments.of(ranks(first), ranks(second)).correlation
 
 
-def sampled(numel: int, share: float, key: str) -> Tensor | None:
-    """Return sorted places of about ``share`` of ``numel`` elements, one at random in each equal part; None: all.
+def sampled(numel: int, count: int, key: str) -> Tensor:
+    """Return ``count`` different places of ``numel``, in order: one at random in each of as many equal stretches.
 
     The same key gives the same places, whatever was drawn before.
     """
-    if share >= 1.0:
-        return None
-    count = math.ceil(numel * share)
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
     noise = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    places = ((torch.arange(count, dtype=torch.float64) + noise) * (numel / max(count, 1))).long()
-    return torch.unique_consecutive(places.clamp(max=numel - 1))
+    edges = torch.arange(count + 1) * numel // max(count, 1)
+    return edges[:-1] + (noise * edges.diff()).long()
 
 
 class Moments:
@@ -56,13 +53,16 @@ class Moments:
         self.squares = (0.0, 0.0, 0.0)  # Σ(x−x̄)², Σ(y−ȳ)², Σ(x−x̄)(y−ȳ)
 
     @classmethod
-    def of(cls, first: Tensor, second: Tensor) -> Moments:
-        """Return those of pairs that are there at once."""
+    def of(cls, first: Tensor, second: Tensor, among: Tensor | None = None) -> Moments:
+        """Return those of pairs that are there at once; ``among``: which of them count, None: all."""
         found = cls()
-        if first.numel():
-            x, y = first.double(), second.double()
-            found.count, found.means = first.numel(), (float(x.mean()), float(y.mean()))
+        found.count = first.numel() if among is None else int(among.sum())
+        if found.count:
+            x, y = (part.double() if among is None else part.double().where(among, 0.0) for part in (first, second))
+            found.means = (float(x.sum()) / found.count, float(y.sum()) / found.count)
             x, y = x - found.means[0], y - found.means[1]
+            if among is not None:
+                x, y = x.where(among, 0.0), y.where(among, 0.0)
             found.squares = (float(x.dot(x)), float(y.dot(y)), float(x.dot(y)))
         return found
 
