@@ -9,6 +9,7 @@ import pytest
 import report_cases
 
 from alr_kernels.finetune import phases
+from alr_kernels.finetune.outcome import OF_TUNE, Place
 from alr_kernels.finetune.ownership import alone, clear, clear_work
 from alr_kernels.report import page, run_page
 
@@ -114,6 +115,15 @@ def test_a_run_in_progress_is_let_alone(home, tmp_path):
             with pytest.raises(RuntimeError, match="another run is writing there now"):
                 tune(home, tmp_path, how=how)
     assert still(tmp_path, ["checkpoints/begun.yaml"])
+
+
+def test_beginning_anew_keeps_the_lock(tmp_path):
+    place = Place.of_folder(tmp_path, OF_TUNE)
+    with alone(place.work, place.out):
+        put(tmp_path, ["checkpoints/begun.yaml"])
+        place.clear()
+        with pytest.raises(RuntimeError, match="another run"), alone(place.work, place.out):
+            pass
 
 
 def test_what_a_killed_writer_left_goes_with_its_file(tmp_path):

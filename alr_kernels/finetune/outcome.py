@@ -158,8 +158,7 @@ class Place:
         for path in map(self.home.joinpath, self.owned):
             if path not in (self.card, self.work):
                 clear(path)
-        clear_work(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
+        clear_work(self.work, keep=True)
         clear(self.card)
 
     def tidy_empty(self) -> None:

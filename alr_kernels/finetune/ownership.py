@@ -76,8 +76,11 @@ def clear_model(folder: Path) -> None:
                 path.unlink()
 
 
-def clear_work(folder: Path) -> None:
-    """Delete what a run needed only until it was done; what says that it is unfinished goes first."""
+def clear_work(folder: Path, keep: bool = False) -> None:
+    """Delete what a run needed only until it was done; what says that it is unfinished goes first.
+
+    ``keep`` the folder itself, which holds the lock of a run that goes on.
+    """
     if not folder.is_dir():
         return
     for name in (BEGUN, *WORK_FILES):
@@ -88,7 +91,8 @@ def clear_work(folder: Path) -> None:
                 shutil.rmtree(path)
         if home != folder:
             remove_empty(home)
-    remove_empty(folder)
+    if not keep:
+        remove_empty(folder)
 
 
 def has_progress(folder: Path) -> bool:
