@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -131,3 +132,15 @@ def options_of_texts(given: Mapping[str, Any]) -> None:
 def result_file(path: Path | None) -> None:
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise ValueError(f"--out: expected a file in a folder that is there, got {str(path)!r}.")
+    if path is not None and path.exists() and not _is_of_eval(path):
+        raise FileExistsError(
+            f"--out: {path} is there, and eval did not write it, so it stays as it is; choose another name."
+        )
+
+
+def _is_of_eval(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("kind") == "eval"

@@ -123,6 +123,10 @@ def too_deep(place: str) -> NoReturn:
     raise ValueError(f"{place}: the JSON is nested too deeply to be read; expected an object with {FORMS}.") from None
 
 
+def long_number(place: str, error: ValueError) -> NoReturn:
+    raise ValueError(f"{place}: a number of the JSON cannot be read ({_line(error)}); write it as text.") from None
+
+
 def json_object(place: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f'{place}: expected a JSON object, got {_what(value)}; write {{"text": ...}}, say.')

@@ -210,6 +210,11 @@ def card_unfinished(path: Path, key: str) -> NoReturn:
     raise ValueError(f"--config: {path}: a run card needs {key!r}, which this one has not; was it edited?")
 
 
+def card_section(path: Path, key: str, kind: str, value: Any) -> NoReturn:
+    expected = {"list": "a list", "dict": "a mapping"}[kind]
+    raise TypeError(f"--config: {path}: {key}: expected {expected}, got {value!r:.60}; was the card edited?")
+
+
 def changed_data(option: str, source: str, was: str, now: str, card: str) -> NoReturn:
     raise ValueError(
         f"--{option}: {source} is not what it was in the run of {card} (fingerprint {was[:16]}, now {now[:16]}), so "

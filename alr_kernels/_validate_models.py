@@ -26,6 +26,13 @@ def whole_weights(name: str, missing: Collection[str]) -> None:
         )
 
 
+def no_tokenizer(said: str, name: str) -> NoReturn:
+    raise FileNotFoundError(
+        f"{said}: the folder {name} holds no tokenizer (no tokenizer.json and nothing else of the kind); save it "
+        "there, or give that of the base model with --tokenizer."
+    )
+
+
 def vocabulary(tokenizer: str, tokens: int, rows: int) -> None:
     """Refuse a tokenizer with more tokens than the model has embeddings."""
     if tokens > rows:
@@ -160,6 +167,17 @@ def foreign_model(out: str) -> NoReturn:
         f"--out {out}: expected a new folder or one of an earlier run, got one with a model that none of them left "
         "(config.json without run.yaml); choose another folder."
     )
+
+
+def foreign_files(option: str, out: str, names: Sequence[str]) -> NoReturn:
+    raise FileExistsError(
+        f"{option} {out}: expected a place where nothing has the name of what a run writes, got {listed(names)} "
+        "there, which no run left and which stays as it is; choose another, or move that away."
+    )
+
+
+def in_use(out: str) -> NoReturn:
+    raise RuntimeError(f"--out {out}: another run is writing there now; wait for its end, or choose another place.")
 
 
 def changed_since(out: str, option: str, what: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +34,13 @@ def not_whole(path: Path, error: Exception) -> NoReturn:
     raise ValueError(
         f"results: {path} is not whole or was changed by hand ({type(error).__name__}: {error}); run the command again."
     ) from error
+
+
+def foreign_page(folder: Path, names: Sequence[str]) -> NoReturn:
+    raise ValueError(
+        f"report: the folder {folder} has {listed(names)} that no report left and that stays as it is; choose another "
+        "folder."
+    )
 
 
 def matplotlib() -> None:

@@ -122,6 +122,9 @@ REFUSED = {
         f"held out {share}": (options(general="a", held_out=share), ValueError, rf"--held-out: .*\(0, 1\].*got {share}")
         for share in (0.0, 1.5, float("nan"))
     },
+    "result file of something else": (
+        lambda c: check.result_file(Path(__file__)), FileExistsError, "--out: .* is there, and eval did not write it",
+    ),
     "result file a folder": (lambda c: check.result_file(Path("/")), ValueError, "--out: expected a file.*got '/'"),
     "result file in no folder": (
         lambda c: check.result_file(Path("gone/results.json")), ValueError, "--out: .*folder that is there, got 'gone/",

@@ -117,6 +117,9 @@ REFUSED = {
         {"a.jsonl": b'{"text": "a"}\n\n{"text": "b" "c"}\n'},
     ),
     "data not json array": refused("a.json, line 2 is not JSON", {"a.json": b'[{"text": "a"},\n}]'}, "a.json"),
+    "data json long number": refused(
+        r"a.jsonl, line 1: a number of the JSON cannot be read \(.*4300", {"a.jsonl": '{"n": ' + "9" * 5000 + "}"}
+    ),
     "data json too deep": refused("a.jsonl, line 1: the JSON is nested too deeply", {"a.jsonl": "[" * 200_000}),
     "data no object": refused(r"a.jsonl, line 2: expected a JSON object, got list \['b'\]", {
         "a.jsonl": b'{"text": "a"}\n["b"]',

@@ -230,6 +230,14 @@ REFUSED = {
         ValueError, "line 2: temperature: it has no effect",
     ),
     "yaml library": (without_yaml, ImportError, r'PyYAML: pip install "alr-kernels\[train\]"'),
+    "card with another shape": (
+        in_file(CARD.format(verb="tune") + "options: {lr: 1.0e-3}\ngiven: 5\n"),
+        TypeError, "given: expected a list, got 5; was the card edited",
+    ),
+    "card with data of another shape": (
+        in_file(CARD.format(verb="tune") + "options: {}\ndata: {data: 7}\n"),
+        TypeError, "data: data: expected a mapping, got 7",
+    ),
     "card of a later version": (
         in_file("alr_kernels_card: 2\n"), ValueError, "run card of version 2, this package reads 1",
     ),

@@ -16,6 +16,7 @@ from alr_kernels.finetune import models
 from alr_kernels.finetune.job import Job
 from alr_kernels.finetune.options import ModelOptions
 from alr_kernels.finetune.outcome import OF_TUNE, Place
+from alr_kernels.finetune.ownership import alone
 
 
 @cache
@@ -120,7 +121,57 @@ def one_pass(**options):
     phases.record(cases.resolve("record", given | {"out": out} | options))
 
 
+def with_file(name, verb="tune", **options):
+    """Begin a run in a folder where something of that name is, that no run left."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    out = {"out": folder / "i.safetensors" if verb == "record" else folder}
+    out |= {"reg_lambda": 0.0} if verb == "tune" else {}
+    run(verb, **out | options, how={"overwrite": True})
+
+
+def at_once():
+    """Begin a run where another one is going on."""
+    folder = Path(tempfile.mkdtemp())
+    with alone(folder / "checkpoints", folder):
+        run("tune", out=folder, reg_lambda=0.0)
+
+
+def cut_off(file):
+    """A folder of a model of which a file is cut off, or gone."""
+    folder = Path(tempfile.mkdtemp()) / "cut-off"
+    shutil.copytree(home() / "llama", folder)
+    for path in folder.glob(file):
+        content = path.read_bytes()
+        path.unlink()
+        if path.name == "model.safetensors":
+            path.write_bytes(content[: len(content) // 2])
+    return str(folder)
+
+
 REFUSED = {
+    "weights that are cut off": (
+        lambda c: models.load(ModelOptions(model=cut_off("model.safetensors"), device="cpu"), trainable=False),
+        ValueError, "--model: transformers cannot load .*cut-off: .*not fully covered",
+    ),
+    "a folder without a tokenizer": (
+        lambda c: models.load(ModelOptions(model=cut_off("token*"), device="cpu"), trainable=False),
+        FileNotFoundError, "tokenizer of --model: the folder .*cut-off holds no tokenizer.*--tokenizer",
+    ),
+    "files that no run left": (
+        lambda c: with_file("checkpoints/mine.txt"), FileExistsError, "--out .*'checkpoints' there, which no run left",
+    ),
+    "a folder called as a run's model": (
+        lambda c: with_file("tuned/mine.gguf", "run", general=str(home() / "general.jsonl")),
+        FileExistsError, "--out .*'tuned' there, which no run left",
+    ),
+    "no importance to replace": (
+        lambda c: with_file("i.safetensors", "record"), FileExistsError, r"'i\.safetensors' there, which no run left",
+    ),
+    "a run that goes on there": (
+        lambda c: at_once(), RuntimeError, "--out .*: another run is writing there now; wait",
+    ),
     "fp16 weights to train": (
         lambda c: load("halves"), ValueError, r"--dtype: expected bf16 or fp32.*got fp16 of .*halves.*--dtype bf16 or",
     ),

@@ -10,6 +10,7 @@ from unittest import mock
 import report_cases
 
 from alr_kernels import _validate_report
+from alr_kernels.report.page import check_folder
 from alr_kernels.report.results import page_of
 
 
@@ -31,7 +32,15 @@ def without_matplotlib(c):
         _validate_report.matplotlib()
 
 
+def over(name):
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_text("mine")
+        check_folder(Path(folder), ["curves.png"])
+
+
 REFUSED = {
+    "report over a page": (lambda c: over("index.html"), ValueError, "report: the folder .*'index.html' that no rep"),
+    "report over a picture": (lambda c: over("curves.png"), ValueError, "report: the folder .*'curves.png' that no"),
     "report file": (lambda c: page_of(Path("nowhere.json")), FileNotFoundError, r"no nowhere\.json; expected.*folder"),
     "report json": (lambda c: written(b"{"), ValueError, r"results: .*results\.json is no JSON.*expected"),
     "report encoding": (lambda c: written(b'{"\xff": 1}'), ValueError, r"results\.json is no JSON.*utf-8"),

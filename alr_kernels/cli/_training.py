@@ -68,7 +68,12 @@ def need(settings: Settings) -> None:
         wanted.append(("all", "--quantize", ("bitsandbytes",)))
     if settings.of(TrainOptions).tensorboard:
         wanted.append(("all", "--tensorboard", ("tensorboard",)))
-    if _report_folder(settings) is not None:
+    folder = _report_folder(settings)
+    if folder is not None:
+        if settings.verb == "tune":  # run's own folder is looked at when the run begins
+            from ..report.page import check_folder
+
+            check_folder(folder)
         wanted.append(("report", "the report", ("matplotlib",)))
     for extra, what, packages in wanted:
         missing = [package for package in packages if find_spec(package) is None]

@@ -110,6 +110,6 @@ def tidy(home: Path, keep: int) -> None:
         whole = [path.parent for path in home.glob(f"checkpoint-*/{WHOLE}")]
         found = sorted(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")))[-keep:]
     for path in home.glob("checkpoint-*"):
-        if path not in found:
+        if path not in found and path.name.removeprefix("checkpoint-").isdigit():  # others no run wrote
             (path / WHOLE).unlink(missing_ok=True)
             shutil.rmtree(path)

@@ -14,6 +14,7 @@ from .options import PARTS, fields_of
 CARD = "alr_kernels_card"
 CARD_VERSION = 1
 ALIASES = {"lambda": "reg_lambda"}
+SECTIONS = {"given": list, "files": dict, "data": dict, "importance": dict}  # of a card, that are read again
 FLAGS_ONLY = ("config", "resume", "overwrite", "json", "debug")
 
 
@@ -52,6 +53,12 @@ def read(verb: str, path: Path | str) -> ConfigFile:
     inner = next((node for key, node in top.value if key.value == "options"), None)
     if inner is None or not isinstance(values["options"], dict):
         _validate_finetune.card_unfinished(path, "options")
+    for name, kind in SECTIONS.items():
+        if values.get(name) is not None and not isinstance(values[name], kind):
+            _validate_finetune.card_section(path, name, kind.__name__, values[name])
+    for name, facts in (values.get("data") or {}).items():
+        if facts is not None and not isinstance(facts, dict):
+            _validate_finetune.card_section(path, f"data: {name}", "dict", facts)
     return ConfigFile(path, *_options(verb, path, inner), values)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from . import card, models
 from .data import Source, load
 from .metrics import Metrics
 from .options import DataOptions, MeasureOptions, ModelOptions, RunOptions, TokenOptions, TrainOptions
-from .outcome import BEGUN, FACTS, Place, read_json, write_json
+from .outcome import Place, read_json, write_json
+from .ownership import BEGUN, FACTS, alone, clear_work, has_progress
 from .progress import Progress
 from .stopping import Stop
 
@@ -118,7 +120,7 @@ def begun(
     """Begin a run, or go on with one, on all processes; signals are heeded within.
 
     Raises:
-        ValueError, OSError: as :meth:`Place.begin`, and for other options than those of the run that goes on.
+        ValueError, OSError: as :meth:`Place.check`, and for other options than those of the run that goes on.
     """
     from accelerate import PartialState
     from transformers.utils import logging
@@ -129,21 +131,34 @@ def begun(
     PartialState(cpu=device == "cpu")  # joins the job, if a launcher started one
     is_main = _ranks.place()[0] == 0
 
-    def prepare() -> bool:
-        model = settings.of(ModelOptions).model
-        resumed = place.begin(model, resume=resume, overwrite=overwrite, save_model=save_model)
-        if resumed:
-            card.same_run(place.work / BEGUN, settings)
-        else:
-            card.write(place.work / BEGUN, settings)
-        return resumed
+    with ExitStack() as held:
 
-    resumed = on_first(prepare)
-    with Stop(progress.say) as stop:
+        def prepare() -> bool:
+            model = settings.of(ModelOptions).model
+            check = partial(place.check, model, resume=resume, overwrite=overwrite, save_model=save_model)
+            check()  # before a folder is made
+            held.enter_context(alone(place.work, place.out))
+            if check():  # again: another run may just have ended
+                card.same_run(place.work / BEGUN, settings)
+                return True
+            place.clear()
+            card.write(place.work / BEGUN, settings)
+            return False
+
+        resumed = on_first(prepare)
+        stop = held.enter_context(Stop(progress.say))
         metrics = Metrics(place.metrics, is_main)
         job = Job(settings, place, metrics, stop, progress, resumed, datetime.now(timezone.utc), is_main)
         job.remember("the number of processes", str(_ranks.place()[1]))  # they share the batches of a step
-        yield job
+        try:
+            yield job
+        except Exception:
+            if is_main and not resumed and not has_progress(place.work):
+                clear_work(
+                    place.work
+                )  # bad input: there is nothing to go on with, and nothing in the way of another try
+                place.tidy_empty()
+            raise
 
 
 def on_first(work: Callable[[], Any]) -> Any:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model"),
+    *("sentencepiece.bpe.model", "tekken.json"),
+)  # a folder without any of them has no tokenizer
 LONGEST = 10**9  # tokenizers without a maximum say more than this
 
 
@@ -131,6 +135,8 @@ def tokenizer_of(options: ModelOptions, base: str) -> tuple[Any, bool]:
     said, name = ("--tokenizer", options.tokenizer) if options.tokenizer else ("tokenizer of --model", options.model)
     if name != base and options.tokenizer is None and not (Path(name) / "tokenizer_config.json").is_file():
         name = base
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in TOKENIZER_FILES):
+        _validate_models.no_tokenizer(said, name)
     with _told(lambda error: _validate_finetune.model_not_loaded(said, name, error)):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=options.trust_remote_code)
     if options.chat_template is not None:
@@ -184,11 +190,15 @@ def save(loaded: Loaded, folder: Path, state: dict[str, Any] | None = None) -> N
 @contextmanager
 def _told(refuse: Callable[[Exception], Any]) -> Iterator[None]:
     """Turn what a library says of the user's input into a message of ours."""
+    from safetensors import SafetensorError
+
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, RuntimeError) as error:
+        refuse(error)
+    except SafetensorError as error:  # weights that are cut off; it is none of these
         refuse(error)
 
 

@@ -17,20 +17,25 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .. import _validate_finetune, _validate_models
+from . import config_file
 from .card import plain
+from .ownership import (
+    BEGUN,
+    CONFIGS,
+    FACTS,
+    MODEL_FILES,
+    STAGE,
+    clear,
+    clear_model,
+    clear_work,
+    is_card,
+    is_importance,
+    remove_empty,
+    taken,
+)
 
-BEGUN = "begun.yaml"  # in the work folder: the card of the run while it is not done
-FACTS = "begun.json"  # fingerprints of what it began with
-CONFIGS = ("config.json", "adapter_config.json")  # without them nothing loads a folder as a model
-MODEL_FILES = (
-    *(*CONFIGS, "generation_config.json"),
-    *("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "spiece.model"),
-)  # fmt: skip
 OF_TUNE = ("results.json", "run.yaml", "metrics.jsonl", "checkpoints", "report", "tensorboard")
 OF_RUN = (*OF_TUNE, "importance.safetensors", "tuned", "recorded", "plain")
-STAGE = ".saving"  # in the target folder, so that moving is renaming
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,8 @@ class Place:
         """Whether a run began here that is not done."""
         return (self.work / BEGUN).is_file()
 
-    def begin(self, model: str, *, resume: bool, overwrite: bool, save_model: Path | None = None) -> bool:
-        """Make the folder ready; return whether the run goes on from what is there.
+    def check(self, model: str, *, resume: bool, overwrite: bool, save_model: Path | None = None) -> bool:
+        """Return whether a run that may begin here goes on from what is there; nothing is changed.
 
         Args:
             model: that the run starts from, which is never touched.
@@ -91,8 +96,7 @@ class Place:
 
         Raises:
             ValueError, OSError: there is a result, or the beginning of one, and neither ``resume`` nor ``overwrite``
-                was asked for; there is nothing to resume; the model is in the folder, or one that is not ours.
-            OSError: it cannot be written.
+                was asked for; there is nothing to resume; the model is in the folder, or something that no run left.
         """
         owned = [self.home / name for name in self.owned] + ([self.out] if self.out == self.home else [])
         for option, out, folders in (("--out", self.out, owned), ("--save-model", save_model, [save_model])):
@@ -102,9 +106,12 @@ class Place:
             if not self.is_begun:
                 _validate_finetune.nothing_to_resume(self.out)
             return True
-        ours = self.card.is_file() or self.is_begun
-        if not ours and self.out.is_dir() and is_model(self.out):
-            _validate_models.foreign_model(str(self.out))
+        if not self.is_ours:
+            self._refuse_foreign()
+        if save_model is not None:
+            found = [] if self._left_model(save_model) else taken(save_model, (STAGE, *MODEL_FILES))
+            if found:
+                _validate_models.foreign_files("--save-model", str(save_model), found)
         if not overwrite:
             if self.is_begun and not self.is_done:
                 _validate_models.unfinished(str(self.out))
@@ -112,28 +119,59 @@ class Place:
                 _validate_finetune.exists("--out", self.out)
             if save_model is not None and is_model(save_model):
                 _validate_finetune.exists("--save-model", save_model)
-        self._clear()
-        self.work.mkdir(parents=True, exist_ok=True)
+        if self.out.is_file() and not is_importance(self.out):
+            _validate_models.foreign_files("--out", str(self.home), [self.out.name])
         return False
 
-    def _clear(self) -> None:
-        """Delete what an earlier run left here, the files that make it a result first."""
-        self.done.unlink(missing_ok=True)
+    @property
+    def is_ours(self) -> bool:
+        """Whether a run left what is there, or began here."""
+        return self.is_begun or is_card(self.card)
+
+    def _refuse_foreign(self) -> None:
+        """Refuse a place where something has the name of what a run writes, and no run left it."""
+        names = [name for name in self.owned if name != self.out.name]
         if self.out == self.home:
+            if self.out.is_dir() and is_model(self.out):
+                _validate_models.foreign_model(str(self.out))
+            names += [STAGE, *(MODEL_FILES if "tuned" not in self.owned else ())]
+        if found := taken(self.home, names):
+            _validate_models.foreign_files("--out", str(self.out), found)
+
+    def _left_model(self, folder: Path) -> bool:
+        """Whether the run whose card is here saved its model in this folder."""
+        for path in (self.work / BEGUN, self.card):
+            if is_card(path):
+                files = config_file.read_card(path).get("files")
+                saved = files.get("save_model") if isinstance(files, dict) else None
+                if isinstance(saved, str) and Path(saved).resolve() == folder.resolve():
+                    return True
+        return False
+
+    def clear(self) -> None:
+        """Delete what an earlier run left here: first what makes it a result, last what says that it was a run's."""
+        if self.out == self.home:
+            self.done.unlink(missing_ok=True)
             clear_model(self.out)
+        else:
+            self.out.unlink(missing_ok=True)
         for path in map(self.home.joinpath, self.owned):
-            if path.is_dir():
-                clear_model(path)
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            if path not in (self.card, self.work):
+                clear(path)
+        clear_work(self.work, keep=True)
+        clear(self.card)
+
+    def tidy_empty(self) -> None:
+        """Delete the folder of a run that came to nothing, if nothing else is in it."""
+        if self.out == self.home:
+            remove_empty(self.out)
 
     def tidy(self, keep_checkpoints: bool) -> None:
         """Delete what is needed only until the run is done; what says that it is unfinished goes first."""
         for name in (BEGUN, FACTS):
             (self.work / name).unlink(missing_ok=True)
         if not keep_checkpoints:
-            shutil.rmtree(self.work, ignore_errors=True)
+            clear_work(self.work)
 
 
 @contextmanager
@@ -171,14 +209,6 @@ def _holds(folder: Path, path: Path) -> bool:
     """Whether a path is a folder, or in one that a new run deletes."""
     inside = (path.resolve(), *path.resolve().parents) if folder.name in OF_RUN else (path.resolve(),)
     return folder.resolve() in inside
-
-
-def clear_model(folder: Path) -> None:
-    """Delete a model's files from a folder, first those without which it does not load."""
-    for pattern in MODEL_FILES if folder.is_dir() else ():
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
 
 
 def stage_of(target: Path) -> Path:

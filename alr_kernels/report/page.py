@@ -23,6 +23,7 @@ from .svg import NARROW, WIDE, Draw, escaped
 
 Cell = float | int | str | bool | None
 INDEX = "index.html"
+MARK = '<script type="application/json" id="results">'  # by which a page is known
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,31 @@ def write(page: Page, folder: Path) -> list[Path]:
         ImportError: matplotlib is not installed.
     """
     _validate_report.matplotlib()
+    check_folder(folder, [f"{chart.key}.png" for chart in page.charts])
     folder.mkdir(parents=True, exist_ok=True)
     drawn = [chart for chart in page.charts if isinstance(chart, Chart)]
     pictures = [_whole(folder / f"{chart.key}.png", partial(svg.png, chart.draw, chart.height[0])) for chart in drawn]
     return [_whole(folder / INDEX, partial(Path.write_text, data=html(page), encoding="utf-8")), *pictures]
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that :func:`write` left."""
+    try:
+        return MARK.encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def check_folder(folder: Path, pictures: Sequence[str] = ()) -> None:
+    """Refuse a folder whose ``index.html``, or pictures of these names, no report left.
+
+    Raises:
+        ValueError: which is there.
+    """
+    there = [name for name in pictures if (folder / name).exists() and not svg.is_picture(folder / name)]
+    there += [INDEX] if (folder / INDEX).exists() and not is_page(folder / INDEX) else []
+    if there:
+        _validate_report.foreign_page(folder, there)
 
 
 def _whole(path: Path, fill: Callable[[Path], Any]) -> Path:
@@ -155,7 +177,7 @@ def html(page: Page) -> str:
         _details(page.details),
         "<footer><p>The numbers of this page are in it as JSON, too, in the element with the id results. "
         "Each chart lies beside this file as a picture.</p></footer>",
-        f'</main><script type="application/json" id="results">{embedded(page.data)}</script></body></html>',
+        f"</main>{MARK}{embedded(page.data)}</script></body></html>",
     ]
     return "\n".join(part for part in parts if part) + "\n"
 

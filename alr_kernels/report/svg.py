@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Draw = Callable[["Figure"], None]
 WIDE, NARROW = 7.6, 4.1  # inches: of a page's column, and of a phone
 DPI = 150  # of pictures
+SOFTWARE = "alr_kernels"  # in a picture, by which it is known
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it is searched, read aloud and takes the page's font
     "font.size": 9.5,
@@ -76,10 +77,19 @@ def _drawn(draw: Draw, width: float, height: float) -> Figure:
     return figure
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture that :func:`png` left."""
+    try:
+        with path.open("rb") as file:
+            return f"Software\0{SOFTWARE}".encode() in file.read(1000)
+    except OSError:
+        return False
+
+
 def png(draw: Draw, height: float, path: Path) -> None:
     """Write the chart as a picture: ``height`` in inches, ``WIDE`` of them wide, in light colours."""
     with _styled("png"):
-        _drawn(draw, WIDE, height).savefig(path, format="png", metadata={"Software": None})
+        _drawn(draw, WIDE, height).savefig(path, format="png", metadata={"Software": SOFTWARE})
 
 
 def inline(draw: Draw, key: str, size: tuple[float, float], title: str, description: str) -> str:

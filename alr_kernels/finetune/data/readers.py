@@ -113,6 +113,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
             validate.not_json(str(path), number, error)
         except RecursionError:
             validate.too_deep(f"{path}, line {number}")
+        except ValueError as error:
+            validate.long_number(f"{path}, line {number}", error)
         yield number, validate.json_object(f"{path}, line {number}", value)
 
 
@@ -122,6 +124,10 @@ def _json_array(path: Path) -> Iterator[Row]:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         validate.not_json(str(path), error.lineno, error)
+    except RecursionError:
+        validate.too_deep(str(path))
+    except ValueError as error:
+        validate.long_number(str(path), error)
     for number, value in enumerate(values, 1):
         yield number, validate.json_object(f"{path}, row {number}", value)
 
