@@ -90,8 +90,9 @@ class Place:
             save_model: another folder that a model comes to.
 
         Raises:
-            ValueError, OSError: there is a result, or the beginning of one, and neither ``resume`` nor ``overwrite``
-                was asked for; there is nothing to resume; the model is in the folder, or one that is not ours.
+            ValueError, OSError: there is a result, or the beginning of one, or something else of a name that a run
+                writes to, and neither ``resume`` nor ``overwrite`` was asked for; there is nothing to resume; the model
+                is in the folder, or one that is not ours.
             OSError: it cannot be written.
         """
         owned = [self.home / name for name in self.owned] + ([self.out] if self.out == self.home else [])
@@ -110,6 +111,9 @@ class Place:
                 _validate_models.unfinished(str(self.out))
             if self.is_done or (self.out.exists() and not self.out.is_dir()):
                 _validate_finetune.exists("--out", self.out)
+            for path in () if ours else map(self.home.joinpath, self.owned):
+                if _holds_anything(path):
+                    _validate_finetune.exists("--out", path)
             if save_model is not None and is_model(save_model):
                 _validate_finetune.exists("--save-model", save_model)
         self._clear()
@@ -171,6 +175,11 @@ def _holds(folder: Path, path: Path) -> bool:
     """Whether a path is a folder, or in one that a new run deletes."""
     inside = (path.resolve(), *path.resolve().parents) if folder.name in OF_RUN else (path.resolve(),)
     return folder.resolve() in inside
+
+
+def _holds_anything(path: Path) -> bool:
+    """Whether something would be lost with it; a run that was killed as it began may leave an empty folder."""
+    return any(not entry.name.startswith(".") for entry in path.iterdir()) if path.is_dir() else path.exists()
 
 
 def clear_model(folder: Path) -> None:
