@@ -21,7 +21,7 @@ def test_what_no_run_left_is_not_deleted_unasked(tmp_path, name, owned):
 
 def test_an_importance_that_lies_in_the_folder_of_a_run_stays(tmp_path):
     (tmp_path / "importance.safetensors").write_bytes(b"recorded for hours")
-    with pytest.raises(FileExistsError, match="importance.safetensors is there already"):
+    with pytest.raises(FileExistsError, match=r"importance\.safetensors is there already"):
         Place.of_folder(tmp_path, OF_RUN).begin("owner/name", resume=False, overwrite=False)
     Place.of_folder(tmp_path, OF_TUNE).begin("owner/name", resume=False, overwrite=False)
     assert (tmp_path / "importance.safetensors").read_bytes() == b"recorded for hours"
@@ -30,7 +30,7 @@ def test_an_importance_that_lies_in_the_folder_of_a_run_stays(tmp_path):
 def test_what_is_beside_an_importance_file_stays(tmp_path):
     (tmp_path / "i.work").mkdir()
     (tmp_path / "i.work" / "notes").write_text("mine")
-    with pytest.raises(FileExistsError, match="i.work is there already"):
+    with pytest.raises(FileExistsError, match=r"i\.work is there already"):
         Place.of_file(tmp_path / "i.safetensors").begin("owner/name", resume=False, overwrite=False)
 
 
