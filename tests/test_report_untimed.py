@@ -1,4 +1,4 @@
-"""Reports of runs in which a phase has no time of a step: importance was estimated, or the run was resumed at its end."""
+"""Reports of runs in which a phase has no time of a step: of an estimator, or resumed when all steps were done."""
 
 from __future__ import annotations
 
