@@ -229,8 +229,8 @@ def _tune(
         if again is not None:
             start = dict(job.load_model(again).model.named_parameters())
             anchor = {key: param.detach() for key, param in start.items() if param.requires_grad}
-        given = None if held else importance
-        found["movement"] = Movement.of_optimizer(trainer.alr, given, anchor).as_dict()
+        # By the file's own values in both: bins of what steps decode would hold other weights than the baseline's.
+        found["movement"] = Movement.of_optimizer(trainer.alr, importance, anchor).as_dict()
         if held:
             assert trainer.alr.coeffs is not None
             found |= {"importance": facts, "coefficients": coefficient_rows(importance, trainer.alr.coeffs)}

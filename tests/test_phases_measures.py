@@ -1,0 +1,88 @@
+"""What phases measure and hold beyond the plain case: other encodings, other trained weights, losses that broke."""
+
+from __future__ import annotations
+
+import finetune_cases as cases
+import pytest
+import torch
+from finetune_cases import record, tune
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+pytest.importorskip("datasets", reason="datasets is not installed")
+
+from alr_kernels import Importance
+from alr_kernels.finetune import phases
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("measures")
+    cases.model_folder(folder / "llama", tie_word_embeddings=False)
+    cases.texts(folder)
+    return folder
+
+
+def wide(**more):
+    """A model with tensors that are large enough to be encoded."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=cases.WORDS, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=None, eos_token_id=0, **more,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def test_moves_with_and_without_the_pull_are_binned_by_the_same_importance(home, tmp_path):
+    model = cases.model_folder(tmp_path / "wide", wide)
+    given = {"model": model, "data": str(home / "domain.jsonl"), "general": str(home / "general.jsonl"), "steps": 1}
+    settings = cases.settings(
+        "run", **given, out=str(tmp_path / "run"), baseline=True, tune_importance_dtype="int4", eval_every=1
+    )
+    moved = phases.run(settings)["movement"]
+    assert sum(moved["tune"]["count"]) == sum(param.numel() for param in wide().parameters())
+    assert moved["tune"]["count"] == moved["plain"]["count"]
+
+
+def test_weights_that_an_adapter_trains_whole_are_held(home, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_pretrained(home / "llama")
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    model = str(tmp_path / "adapter")
+    record(home, tmp_path / "lora.safetensors", model=model, steps=2)
+    record(home, tmp_path / "full.safetensors", steps=2)
+    held = set(Importance.load(tmp_path / "lora.safetensors"))
+    assert "lm_head.weight" in held
+    for name in ("lora", "full"):
+        given = {"model": model, "importance": str(tmp_path / f"{name}.safetensors"), "steps": 1}
+        found = tune(home, tmp_path / name, **given)
+        assert {row["name"] for row in found["coefficients"]["modules"]} == held, name
+
+
+def test_a_model_that_the_last_step_broke_is_not_published(home, tmp_path, monkeypatch):
+    from alr_kernels.finetune import trainer
+
+    whole = trainer.token_losses
+
+    def broken(model, batch):
+        sums, counts = whole(model, batch)
+        return sums * float("nan"), counts
+
+    record(home, tmp_path / "i.safetensors", steps=1)
+    monkeypatch.setattr(trainer, "token_losses", broken)
+    with pytest.raises(RuntimeError, match="tune: expected a finite loss, got nan by step 0"):
+        tune(home, tmp_path / "out", importance=str(tmp_path / "i.safetensors"))
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_run_of_one_step_takes_it(home, tmp_path):
+    found = record(home, tmp_path / "i.safetensors", steps=1, eval_every=1)
+    assert found["log"]["record"][0]["lr"] == 3e-3
+    assert found["after"]["general"]["nll"] < found["before"]["general"]["nll"]
