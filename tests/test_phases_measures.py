@@ -84,5 +84,7 @@ def test_a_model_that_the_last_step_broke_is_not_published(home, tmp_path, monke
 
 def test_a_run_of_one_step_takes_it(home, tmp_path):
     found = record(home, tmp_path / "i.safetensors", steps=1, eval_every=1)
+    with pytest.raises(ValueError, match=r"--lr was 0\.003, now 0\.001"):  # those results are of another run
+        record(home, tmp_path / "i.safetensors", steps=1, eval_every=1, lr=1e-3, how={"resume": True})
     assert found["log"]["record"][0]["lr"] == 3e-3
     assert found["after"]["general"]["nll"] < found["before"]["general"]["nll"]
