@@ -111,10 +111,6 @@ class Settings:
         }
         return replace(self, parts=parts)
 
-    def without_pull(self) -> Settings:
-        """Return the settings of the same run as plain AdamW."""
-        return self.changed(reg_lambda=0.0)
-
     def same_data(self, option: str, facts: Mapping[str, Any]) -> None:
         """Refuse data that changed since the run that is repeated.
 
