@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from alr_kernels.finetune.outcome import OF_RUN, OF_TUNE, Place
+from alr_kernels.finetune.outcome import OF_RUN, OF_TUNE, Place, is_model, publish, stage_of
 
 
 @pytest.mark.parametrize("owned", [OF_TUNE, OF_RUN])
@@ -43,3 +45,24 @@ def test_an_empty_folder_or_one_of_a_run_killed_as_it_began_is_no_obstacle(tmp_p
     assert place.begin("owner/name", resume=False, overwrite=False) is False
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "notes.txt"]
     assert not list(place.work.iterdir())
+
+
+def test_the_configuration_comes_last_and_nothing_of_an_older_model_stays(tmp_path, monkeypatch):
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"older")
+    (tmp_path / "config.json").write_text("older")
+    stage = stage_of(tmp_path)
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors", "z.json"):
+        (stage / name).write_text("newer")
+    moved = []
+    rename = Path.replace
+
+    def watched(path, target):
+        assert moved or not is_model(tmp_path), "the older configuration would go with newer weights"
+        moved.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    publish(tmp_path)
+    assert set(moved[-2:]) == {"config.json", "adapter_config.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(moved)
+    assert (tmp_path / "config.json").read_text() == "newer"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import finetune_cases as cases
 import pytest
 import torch
@@ -82,9 +85,54 @@ def test_a_model_that_the_last_step_broke_is_not_published(home, tmp_path, monke
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("rows", "epochs", "batch", "accumulate", "processes", "steps"),
+    [
+        (10, 1.0, 4, 1, 1, 3),
+        (10, 1.0, 4, 2, 1, 2),
+        (10, 3.0, 4, 2, 1, 6),  # each pass ends with a step, of fewer batches
+        (10, 0.5, 1, 1, 1, 5),
+        (10, 0.01, 4, 1, 1, 1),
+        (10, 1.0, 2, 1, 2, 3),
+    ],
+)
+def test_steps_of_passes_over_the_data(rows, epochs, batch, accumulate, processes, steps):
+    from alr_kernels.finetune.trainer import _steps
+
+    options = SimpleNamespace(batch=batch, accumulate=accumulate)
+    phase = SimpleNamespace(steps=None, train=range(rows), epochs=epochs, options=options)
+    assert _steps(phase, processes) == steps
+
+
+def test_time_of_measuring_is_no_time_of_training(home, tmp_path, monkeypatch):
+    from alr_kernels.finetune import trainer
+
+    whole = trainer.token_losses
+
+    def slow(model, batch):
+        time.sleep(0.5)
+        return whole(model, batch)
+
+    monkeypatch.setattr(trainer, "token_losses", slow)
+    found = record(home, tmp_path / "i.safetensors", steps=2, eval_every=1, eval_batch=2)
+    assert found["seconds"]["evaluate"] > 3 * 0.5
+    apart = [line["seconds"] for line in found["curves"]["record"]]
+    whole_run = found["seconds"]["record"] + found["seconds"]["evaluate"]
+    assert max(apart) <= found["seconds"]["record"] < whole_run - 3 * 0.5
+
+
 def test_a_run_of_one_step_takes_it(home, tmp_path):
     found = record(home, tmp_path / "i.safetensors", steps=1, eval_every=1)
     with pytest.raises(ValueError, match=r"--lr was 0\.003, now 0\.001"):  # those results are of another run
         record(home, tmp_path / "i.safetensors", steps=1, eval_every=1, lr=1e-3, how={"resume": True})
     assert found["log"]["record"][0]["lr"] == 3e-3
     assert found["after"]["general"]["nll"] < found["before"]["general"]["nll"]
+
+
+def test_recording_has_its_own_length_and_rate(home, tmp_path):
+    given = {"model": str(home / "llama"), "data": str(home / "domain.jsonl"), "general": str(home / "general.jsonl")}
+    own = {"record_steps": 3, "record_lr": 1e-3, "schedule": "constant", "warmup": 0.0}
+    settings = cases.settings("run", **given, **own, out=str(tmp_path / "run"), steps=1)
+    log = phases.run(settings)["log"]
+    assert [(entry["step"], entry["lr"]) for entry in log["record"]] == [(1, 1e-3), (2, 1e-3), (3, 1e-3)]
+    assert [(entry["step"], entry["lr"]) for entry in log["tune"]] == [(1, 3e-3)]
