@@ -74,6 +74,26 @@ def test_defaults_of_a_card_conflict_with_nothing(tmp_path):
     assert resolve("run", {"out": "p", "steps": 3}, path).as_dict()["steps"] == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "flags", "expected"),
+    [
+        ({"steps": 7}, {"steps": 3}, {"record_steps": 3}),
+        ({"steps": 7}, {"epochs": 2.0}, {"record_steps": None, "record_epochs": 2.0}),
+        ({"steps": 7, "record_steps": 5}, {"steps": 3}, {"record_steps": 5}),
+        ({"lr": 1e-3}, {"lr": 1e-4}, {"record_lr": 1e-4}),
+        ({"lr": 1e-3, "record_lr": 1e-2}, {"lr": 1e-4}, {"record_lr": 1e-2}),
+        ({"batch": 2}, {"batch": 4}, {"eval_batch": 4}),
+        ({}, {"lora": "r=2"}, {"lr": 2e-4, "record_lr": 2e-4, "reg_lambda": 0.002, "layers_by": "module"}),
+        ({"lr": 1e-3, "reg_lambda": 0.3}, {"lora": "r=2"}, {"lr": 1e-3, "record_lr": 1e-3, "reg_lambda": 0.3}),
+        ({"steps": 7, "batch": 2}, {"seed": 3}, {"record_steps": 7, "eval_batch": 2}),
+    ],
+)
+def test_what_followed_from_an_option_follows_from_a_flag_over_the_card(tmp_path, given, flags, expected):
+    path = card.write(tmp_path / "run.yaml", of("run", **given))
+    found = resolve("run", {"out": "p", **flags}, path).as_dict()
+    assert {name: found[name] for name in expected} == expected
+
+
 def test_data_that_changed_is_told_unless_it_is_given_anew(tmp_path):
     path = card.write(tmp_path / "run.yaml", of("tune"), data=FACTS, importance={"fingerprint": "1"})
     then, now = {"fingerprint": "a" * 64, "source": "d"}, {"fingerprint": "b" * 64, "source": "d"}

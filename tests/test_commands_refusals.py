@@ -295,7 +295,7 @@ def test_with_debug_errors_come_through(here):
     ("stopped", "says"),
     [
         (Stopped(7, Path("tuned/checkpoints")), "stopped after step 7, which is saved. The same command with --resume"),
-        (Stopped(0, None), "stopped after step 0; nothing could be saved"),
+        (Stopped(0, None), "before this phase's first checkpoint. The same command with --resume"),
         (KeyboardInterrupt(), "interrupted."),
     ],
 )

@@ -300,6 +300,8 @@ WORDS = {
     "forgot nothing": ({"forgetting": -0.01}, "forgot nothing that was measured"),
     "not measured": ({"forgetting": None}, "What it forgot was not measured"),
     "worse than the baseline": ({"forgetting": 0.5, "plain_forgetting": 0.25}, "The pull forgot 100 % more"),
+    "better than before": ({"forgetting": -0.05}, "The pull avoided all of that forgetting, and kept"),
+    "only the baseline learnt": ({"domain_gain": -0.1}, "and kept nothing of what the baseline learnt."),
     "a baseline that forgot nothing": (
         {"plain_forgetting": -0.1},
         "(its general NLL fell by 0.100): there was nothing to save",

@@ -102,14 +102,6 @@ def test_zero_is_no_default():
     assert of("tune", reg_lambda=0.0, seed=0).explicit >= {"seed", "reg_lambda"}
 
 
-def test_the_baseline_differs_in_nothing_but_lambda():
-    settings = of("run", steps=3, lora="default")
-    plain = settings.without_pull()
-    differing = {name for name, value in plain.as_dict().items() if value != settings.as_dict()[name]}
-    assert differing == {"reg_lambda"}
-    assert plain.of(PullOptions).reg_lambda == 0
-
-
 def test_held_out_rows_of_general_may_go_with_other_data_of_the_domain():
     """--held-out then says how much of --general is held out."""
     assert of("run", held_out=0.3, held_out_data="h.txt").of(DataOptions).held_out == 0.3

@@ -159,7 +159,9 @@ def _interrupted(stopped: KeyboardInterrupt) -> str:
     if not isinstance(stopped, Stopped):
         return "interrupted."
     if stopped.checkpoint is None:
-        return f"{stopped}; nothing could be saved."
+        return (
+            f"{stopped}, before this phase's first checkpoint. The same command with --resume begins the phase again."
+        )
     return f"{stopped}, which is saved. The same command with --resume goes on from there."
 
 

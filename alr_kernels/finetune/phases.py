@@ -58,7 +58,7 @@ def record(
     files = settings.of(RecordFiles)
     place = Place.of_file(Path(files.out))
     if resume and place.is_done:
-        return _finished(place, progress, files.keep_checkpoints)
+        return _finished(settings, place, progress, files.keep_checkpoints)
     save_model = Path(files.save_model) if files.save_model else None
     with begun(settings, place, resume, overwrite, progress, save_model) as job:
         loaded = job.load_model()
@@ -80,7 +80,7 @@ def tune(
     files = settings.of(TuneFiles)
     place = Place.of_folder(Path(files.out), OF_TUNE)
     if resume and place.is_done:
-        return _finished(place, progress, files.keep_checkpoints)
+        return _finished(settings, place, progress, files.keep_checkpoints)
     with begun(settings, place, resume, overwrite, progress) as job:
         loaded = job.load_model()
         domain = job.texts("data", loaded, train=True)
@@ -105,7 +105,7 @@ def run(
     files = settings.of(RunFiles)
     place = Place.of_folder(Path(files.out), OF_RUN)
     if resume and place.is_done:
-        return _finished(place, progress, files.keep_checkpoints)
+        return _finished(settings, place, progress, files.keep_checkpoints)
     options = settings.of(RunOptions)
     recorded = place.out / "recorded" if options.start_from == "recorded" else None
     path = place.out / "importance.safetensors"
@@ -229,8 +229,8 @@ def _tune(
         if again is not None:
             start = dict(job.load_model(again).model.named_parameters())
             anchor = {key: param.detach() for key, param in start.items() if param.requires_grad}
-        given = None if held else importance
-        found["movement"] = Movement.of_optimizer(trainer.alr, given, anchor).as_dict()
+        # By the file's own values in both: bins of what steps decode would hold other weights than the baseline's.
+        found["movement"] = Movement.of_optimizer(trainer.alr, importance, anchor).as_dict()
         if held:
             assert trainer.alr.coeffs is not None
             found |= {"importance": facts, "coefficients": coefficient_rows(importance, trainer.alr.coeffs)}
@@ -306,8 +306,9 @@ def _finish(job: Job, outcome: dict[str, Any], data: dict[str, Any], out: Path, 
     on_first(write)
 
 
-def _finished(place: Place, progress: Progress, keep_checkpoints: bool) -> dict[str, Any]:
-    """Say that a run is done already; return what it found."""
+def _finished(settings: Settings, place: Place, progress: Progress, keep_checkpoints: bool) -> dict[str, Any]:
+    """Say that a run is done already; return what it found. Results of other options are not passed off as its own."""
+    card.same_run(place.card, settings)
     progress.say(f"{place.out}: this run is finished; nothing is left to do")
     found = _of_card(place) if place.done == place.card else read_json(place.done)
     if _ranks.place()[0] == 0:

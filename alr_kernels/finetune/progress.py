@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
     Args:
         step: the last one that is done.
-        checkpoint: from which ``--resume`` goes on, or None when nothing could be saved.
+        checkpoint: from which ``--resume`` goes on, or None where the phase has none yet and begins again.
     """
 
     def __init__(self, step: int, checkpoint: Path | None) -> None:

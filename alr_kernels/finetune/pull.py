@@ -80,7 +80,8 @@ def fitting(path: Path, loaded: Loaded) -> tuple[Importance, str]:
     remark = ""
     if loaded.has_adapter:
         pairs = lora_pairs(loaded.model)
-        trained = {pair.name: pair.shape for pair in pairs}
+        shapes = {name: param.shape for name, param in loaded.model.named_parameters()}
+        trained = {pair.name: pair.shape for pair in pairs} | {own: shapes[name] for name, own in pairs.names.items()}
         rest = [name for name in importance if name not in trained]
         if rest and not by_lora and len(rest) < len(importance):
             importance = importance.select(trained)

@@ -42,6 +42,15 @@ OF_DATA = {
     "data": ("data", "columns", "split", "subset", "max_rows", "held_out_data"),
     "general": ("general", "general_columns", "general_split", "general_subset", "max_rows", "general_held_out_data"),
 }  # a source → options that make it another one
+FOLLOWS = {
+    "lr": ("lora", "model"),
+    "reg_lambda": ("lora", "model"),
+    "layers_by": ("lora", "model"),
+    "eval_batch": ("batch",),
+    "record_lr": ("lr", "lora", "model"),
+    "record_steps": ("steps", "epochs"),
+    "record_epochs": ("steps", "epochs"),
+}  # name → options that its default hangs on; a card has the value that came of them
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,6 @@ class Settings:
         }
         return replace(self, parts=parts)
 
-    def without_pull(self) -> Settings:
-        """Return the settings of the same run as plain AdamW."""
-        return self.changed(reg_lambda=0.0)
-
     def same_data(self, option: str, facts: Mapping[str, Any]) -> None:
         """Refuse data that changed since the run that is repeated.
 
@@ -162,6 +167,9 @@ def resolve(verb: str, flags: Mapping[str, Any], config: Path | str | None = Non
         if of_flags.keys() & set(pair):  # a flag replaces the file's other one
             of_file = {name: value for name, value in of_file.items() if name not in pair}
     given = of_file.keys() & set(card.get("given") or ()) if card else of_file.keys()
+    for name, leading in FOLLOWS.items():
+        if name not in given and of_flags.keys() & set(leading):
+            of_file.pop(name, None)
     values = _defaults(verb) | of_file | of_flags
     _nothing_missing(verb, values, card)
     for name, (_, entry) in known.items():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from .. import _ranks
+from .. import _ranks, _validate_models
 from ..integrations.transformers import alr_optimizer, last_checkpoint
 from ..integrations.watching import unwrapped
 from . import models
@@ -86,7 +86,7 @@ class PhaseTrainer(Trainer):
         args = _arguments(phase)
         steps = _steps(phase, args.world_size)
         args.max_steps = steps
-        args.warmup_steps = math.ceil(phase.options.warmup * steps)
+        args.warmup_steps = min(math.ceil(phase.options.warmup * steps), steps - 1)  # the first step of a warm-up is 0
         tenth = max(1, math.ceil(steps / 10))
         phase.save_every, phase.eval_every = phase.options.save_every or tenth, phase.options.eval_every or tenth
         super().__init__(
@@ -192,6 +192,8 @@ class PhaseTrainer(Trainer):
         if len(found) < len(self._measured):
             self.control.should_save = self.control.should_training_stop = True
             return {}
+        for value in found.values():
+            _validate_models.finite_loss(self.phase.name, step, value.nll)  # the last step may be the one that broke it
         self.write(step, {"evaluation": {k: v.as_dict() for k, v in found.items()}, "seconds": round(elapsed, 3)})
         self.phase.tick(step, ", ".join(f"{name} {value.nll:.4f}" for name, value in found.items()))
         metrics = {f"{metric_key_prefix}_{name}_nll": value.nll for name, value in found.items()}

@@ -86,16 +86,17 @@ def _numbers(results: Mapping[str, Any]) -> list[Number]:
         numbers.append(
             Number("forgotten without the pull", said["plain_forgetting"], NATS, path, True, "the baseline of this run")
         )
-    step = results["cost"]["step_ms"].get("tune")
-    if step is not None and _was_timed(step):
+    step = dict(_timed(results)).get("tune")
+    if step is not None:
         note = f"{drawing.shown_ms(step['optimizer'])} of it in the optimizer"
         numbers.append(Number("a tuning step", step["whole"], "ms", "cost.step_ms.tune.whole", note=note))
     return numbers
 
 
-def _was_timed(step: Mapping[str, Any]) -> bool:
-    """Whether steps were timed: not where a run went on from the last checkpoint of a phase, with none to take."""
-    return step["optimizer"] is not None and step["whole"] is not None
+def _timed(results: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return (phase, times of a step) where any was timed: none of an estimator, and of a run resumed at its end."""
+    phases = _phases(results["cost"]["step_ms"])
+    return [(phase, entry) for phase, entry in phases if None not in (entry["optimizer"], entry["whole"])]
 
 
 def _fall(kind: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -182,7 +183,7 @@ def _movement(results: Mapping[str, Any]) -> Chart | Absent:
 def _cost(results: Mapping[str, Any]) -> Chart | Absent:
     cost, title = results["cost"], "What it cost"
     held = [(_KINDS[kind], size) for kind, size in cost["bytes"].items() if size and kind in _KINDS]
-    steps = [(STYLE[phase][0], entry) for phase, entry in _phases(cost["step_ms"]) if _was_timed(entry)]
+    steps = [(STYLE[phase][0], entry) for phase, entry in _timed(results)]
     if not held and not steps:
         return Absent("cost", title, "Neither bytes nor times were measured.")
 

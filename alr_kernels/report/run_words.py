@@ -62,10 +62,11 @@ def _compared(results: Mapping[str, Any]) -> str:
     )
     share = 100 * (plain_lost - lost) / plain_lost
     saved = f"avoided {share:.0f} % of that forgetting" if share > 0 else f"forgot {-share:.0f} % more"
+    saved = "avoided all of that forgetting" if lost <= 0 else saved
     if plain_gain <= 0:
         return f"{began}. The pull {saved}."
-    kept = 100 * gain / plain_gain
-    return f"{began}. The pull {saved}, and kept {kept:.0f} % of what the baseline learnt."
+    kept = f"{100 * gain / plain_gain:.0f} %" if gain > 0 else "nothing"
+    return f"{began}. The pull {saved}, and kept {kept} of what the baseline learnt."
 
 
 def _at_equal_learning(results: Mapping[str, Any]) -> str:
