@@ -127,7 +127,7 @@ def test_beginning_anew_keeps_the_lock(tmp_path):
 
 
 def test_what_a_killed_writer_left_goes_with_its_file(tmp_path):
-    put(tmp_path, [".results.json.partial", ".run.yaml.123", "checkpoints/.begun.yaml.7", "results.json.bak"])
+    put(tmp_path, [".results.json.12.part", ".run.yaml.123.part", "checkpoints/.begun.yaml.7.part", "results.json.bak"])
     clear(tmp_path / "results.json")
     clear(tmp_path / "run.yaml")
     clear_work(tmp_path / "checkpoints")

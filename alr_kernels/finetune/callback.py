@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _ranks, _validate_models
+from .._files import to_disk
 from ..integrations.transformers import WHOLE, AlrCallback, last_checkpoint
 from ..integrations.watching import numbers
 from .cost import Clock
-from .outcome import to_disk
 
 if TYPE_CHECKING:
     from .trainer import PhaseTrainer

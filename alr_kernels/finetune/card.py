@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _environment, _validate_finetune
+from .._files import replaced
 from . import config_file
 from .config_file import CARD, CARD_VERSION, yaml
 from .options import fields_of
@@ -70,7 +71,9 @@ def write(
         "machine": _environment.machine(),
     }
     text = yaml().safe_dump(plain(content), sort_keys=False, allow_unicode=True, width=120)
-    _replace(path, HEAD.format(verb=settings.verb, name=path.name) + text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(path) as beside:
+        beside.write_text(HEAD.format(verb=settings.verb, name=path.name) + text, encoding="utf-8")
     return path
 
 
@@ -136,18 +139,3 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # of numpy and torch, one number or many
         return plain(value.tolist())
     return str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file under another name and move it to its own, once it is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

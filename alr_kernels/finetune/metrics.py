@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .._files import replaced
 from .card import plain
-from .outcome import replaced
 
 DRIFT = "alr/anchor_drift/"
 
@@ -57,8 +57,8 @@ class Metrics:
         """Forget what a phase wrote after a step (−1: all): it goes on from there."""
         if self._writes and self._path.is_file():
             kept = [line for line in self._all() if line.get("phase") != phase or line.get("step", 0) <= step]
-            with replaced(self._path) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            with replaced(self._path) as beside:
+                beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def evaluations(self, phase: str) -> list[dict[str, Any]]:
         """Return the measurements of a phase, in order."""

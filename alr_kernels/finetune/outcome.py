@@ -8,15 +8,13 @@ done, checkpoints/. What says that a run is done is written last.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .. import _validate_finetune, _validate_models
+from .._files import replaced, to_disk
 from . import config_file
 from .card import plain
 from .ownership import (
@@ -174,25 +172,11 @@ class Place:
             clear_work(self.work)
 
 
-@contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its name when all of it is on disk; one that was there stays until then."""
-    scratch = path.with_name(f".{path.name}.partial")
-    try:
-        with scratch.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write plain JSON, whole or not at all; what is not finite becomes null."""
     text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
-    with replaced(path) as file:
-        file.write(text.encode())
+    with replaced(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -232,12 +216,3 @@ def publish(target: Path) -> None:
         path.replace(target / path.name)
     to_disk(target)
     shutil.rmtree(stage)
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -34,7 +34,7 @@ MODEL_FILES = (
 PHASES = ("record", "tune", "plain")
 WORK_FILES = (FACTS, "sums.safetensors", ".sums.safetensors.*.partial", *(f"{name}.json" for name in PHASES))
 CHARTS = ("curves", "tradeoff", "loss", "coefficients", "movement", "cost")  # of the page of a run
-PARTIAL = (".{}.partial", ".{}.*.partial", ".{}.part", ".{}.[0-9]*")  # what killed writers of a file leave beside it
+PARTIAL = (".{}.*.partial", ".{}.*.part")  # what killed writers of a file leave beside it
 
 
 def is_card(path: Path) -> bool:

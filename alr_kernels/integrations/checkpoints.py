@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _ranks, _validate, _validate_distributed
+from .._files import to_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,11 +67,11 @@ def save_checkpoint(
     def finish() -> None:
         (scratch / MORE).write_bytes(held)
         for path in [*scratch.iterdir(), scratch]:
-            _to_disk(path)
+            to_disk(path)
         if target.exists():
             target.rename(home / f".step-{step}.replaced")
         scratch.rename(target)
-        _to_disk(home)
+        to_disk(home)
         shutil.rmtree(home / f".step-{step}.replaced", ignore_errors=True)
         for old in _checkpoints(home)[:-keep]:
             if old != target:
@@ -146,14 +147,6 @@ def _restore(home: Path) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _on_first(work: Callable[[], Any], path: Path) -> Any:

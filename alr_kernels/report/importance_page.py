@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import replaced
 from . import importance_plots, page, svg
 from .drawing import as_bytes
 from .page import Cell, Number, Page, Table
@@ -22,12 +22,8 @@ def write(found: Inspection, folder: Path) -> list[Path]:
 def draw(found: Inspection, target: Path) -> Path:
     """Draw all charts into one PNG file."""
     fill, height = importance_plots.overview(found)
-    beside = target.with_name(f".{target.name}.part")
-    try:
+    with replaced(target) as beside:
         svg.png(fill, height, beside)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 

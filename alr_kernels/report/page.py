@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _validate_report
+from .._files import replaced
 from . import style, svg
 from .svg import NARROW, WIDE, Draw, escaped
 
@@ -148,13 +148,8 @@ def check_folder(folder: Path, pictures: Sequence[str] = ()) -> None:
 
 
 def _whole(path: Path, fill: Callable[[Path], Any]) -> Path:
-    """Write beside the path, then move it there: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.part")
-    try:
+    with replaced(path) as beside:
         fill(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     return path
 
 
