@@ -147,3 +147,27 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "10/10" in text.getvalue()
     assert "loss 2.5" in text.getvalue()
     assert "one remark [of a kind]" in text.getvalue()
+
+
+FACTS = {
+    "source": "texts/qa.jsonl", "held_out_source": None, "format": "prompt/completion", "unit": "row", "rows": 1400,
+    "train_rows": 1380, "train_tokens": 10507, "held_out_rows": 20, "held_out_tokens": 568, "dropped": 0,
+    "truncated": 3, "overlap": 0,
+}  # fmt: skip
+
+
+def test_what_was_read_is_one_line_and_what_was_left_out_another():
+    job = pytest.importorskip("alr_kernels.finetune.job")
+    assert list(job._read("domain", "data", FACTS, True)) == [
+        "domain: qa.jsonl, prompts and completions, 1,400 rows: 1,380 to learn (10,507 tokens), 20 held out (568 tokens)",
+        "--data: 3 rows cut to the length of a sequence (--max-length)",
+    ]
+    few = FACTS | {"held_out_rows": 2, "unit": "file", "truncated": 0, "rows": 30, "format": "text", "source": "texts/"}
+    assert list(job._read("general", "general", few, False)) == [
+        "general: texts, plain text, 30 files: 2 held out (568 tokens)",
+        "--general: 2 files held out: few, so that what is measured is uncertain; a larger --held-out helps",
+    ]
+    elsewhere = FACTS | {"held_out_source": "b/test.jsonl", "truncated": 0}
+    assert next(job._read("domain", "data", elsewhere, True)).endswith("20 held out of test.jsonl (568 tokens)")
+    nothing = FACTS | {"held_out_rows": None, "truncated": 0}
+    assert next(job._read("domain", "data", nothing, True)).endswith("1,380 to learn (10,507 tokens)")
