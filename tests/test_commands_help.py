@@ -167,10 +167,10 @@ def test_general_is_required_of_run_alone():
 
     def said(verb):
         text = " ".join(helped(verb, columns="200").split())
-        return text[text.index(" --general ") :].partition("│ │")[0]
+        return text[text.index(" --general DATA ") :].partition("│ │")[0]
 
     assert "(required)" in said("run")
     assert "(required)" not in said("tune")
-    done = CliRunner().invoke(app, "run --model m --data d --out o".split())
+    done = CliRunner().invoke(app, ["run", "--model", "m", "--data", "d", "--out", "o"])
     assert done.exit_code == 2
     assert "--general" in done.stderr

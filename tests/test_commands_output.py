@@ -88,7 +88,7 @@ def test_without_the_pull_stands_beside_after_in_a_table_with_its_unit():
     heads = [column.header for column in table.columns]
     assert heads[3:6] == ["NLL after", "NLL without the pull", "change"]
     results = report_cases.run()
-    cells = [list(column.cells)[0] for column in table.columns]
+    cells = [next(iter(column.cells)) for column in table.columns]
     assert cells[3:5] == [f"{results[side]['domain']['nll']:.4f}" for side in ("after", "plain")]
 
 
@@ -159,7 +159,8 @@ FACTS = {
 def test_what_was_read_is_one_line_and_what_was_left_out_another():
     job = pytest.importorskip("alr_kernels.finetune.job")
     assert list(job._read("domain", "data", FACTS, True)) == [
-        "domain: qa.jsonl, prompts and completions, 1,400 rows: 1,380 to learn (10,507 tokens), 20 held out (568 tokens)",
+        "domain: qa.jsonl, prompts and completions, 1,400 rows: 1,380 to learn (10,507 tokens), "
+        "20 held out (568 tokens)",
         "--data: 3 rows cut to the length of a sequence (--max-length)",
     ]
     few = FACTS | {"held_out_rows": 2, "unit": "file", "truncated": 0, "rows": 30, "format": "text", "source": "texts/"}

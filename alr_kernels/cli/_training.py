@@ -101,7 +101,7 @@ def _phases(settings: Settings, call: Call, main: bool) -> dict[str, Any]:
 
 @contextmanager
 def _before_it_began(*known: type[BaseException]) -> Iterator[None]:
-    """Say of an interruption that is none of the ``known`` ones, which a run that has begun raises, that it is early."""
+    """Say that an interruption was early, unless it is of a ``known`` kind, which a run that has begun raises."""
     try:
         yield
     except known:
