@@ -167,7 +167,7 @@ def test_general_is_required_of_run_alone():
 
     def said(verb):
         text = " ".join(helped(verb, columns="200").split())
-        return text[text.index(" --general DATA ") :].partition("│ │")[0]
+        return text[text.index(" --general DATA ") :].partition("│ --")[0]
 
     assert "(required)" in said("run")
     assert "(required)" not in said("tune")

@@ -204,19 +204,6 @@ def test_a_models_folder_in_a_runs_has_the_card_of_the_run(tmp_path):
     assert list(seen.notes({"it": str(tmp_path / "tuned")}, "general", source, "")) == []
 
 
-def test_a_limit_does_not_draw_the_held_out_rows_first():
-    from alr_kernels.finetune.data import split
-
-    keys = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64)
-    out = split.held_out(keys, 0.1)
-    everything = np.ones(1000, dtype=bool)
-    _, drawn = split.drawn(keys, everything, 1, 100, 0)
-    assert drawn.sum() == 100
-    assert (drawn & out).sum() < 30
-    _, again = split.drawn(keys[::-1], everything, 1, 100, 0)
-    assert (again[::-1] == drawn).all(), "wherever they stand"
-
-
 def test_other_tokens_do_not_compare(home, tmp_path):
     """The same model with another tokenizer: bytes are the same text, tokens are not."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
