@@ -160,3 +160,17 @@ def test_the_module_is_the_command():
     command = [sys.executable, "-m", "alr_kernels", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
     assert re.fullmatch(r"alr-kernels \d+\.\d+\S*\n", done.stdout)
+
+
+def test_general_is_required_of_run_alone():
+    """Of what has no default in Python, the help says so by itself; run needs the general text besides."""
+
+    def said(verb):
+        text = " ".join(helped(verb, columns="200").split())
+        return text[text.index(" --general DATA ") :].partition("│ --")[0]
+
+    assert "(required)" in said("run")
+    assert "(required)" not in said("tune")
+    done = CliRunner().invoke(app, ["run", "--model", "m", "--data", "d", "--out", "o"])
+    assert done.exit_code == 2
+    assert "--general" in done.stderr

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from alr_kernels.cli import app
 from alr_kernels.finetune import phases
-from alr_kernels.finetune.progress import Stopped
+from alr_kernels.finetune.progress import Interrupted, Stopped
 
 ROOT = Path(__file__).parent.parent
 LLAMA, OTHER, NO_PAD = "llama", "other", "no-pad"
@@ -295,8 +295,9 @@ def test_with_debug_errors_come_through(here):
     ("stopped", "says"),
     [
         (Stopped(7, Path("tuned/checkpoints")), "stopped after step 7, which is saved. The same command with --resume"),
-        (Stopped(0, None), "before this phase's first checkpoint. The same command with --resume"),
-        (KeyboardInterrupt(), "interrupted."),
+        (Stopped(0, None), "stopped after step 0, before a checkpoint was taken. The same command with --resume"),
+        (KeyboardInterrupt(), "interrupted before the run began: nothing was written"),
+        (Interrupted("interrupted at once."), "interrupted at once."),
     ],
 )
 def test_an_interrupted_run_says_how_to_go_on(stopped, says, here, monkeypatch):
@@ -336,8 +337,15 @@ def test_a_whole_run_prints_results_alone_on_standard_output(here):
     assert results["summary"]["forgetting"] is not None
     assert results["files"]["model"] == "tuned"
     lines = done.stderr.splitlines()
-    assert lines[0] == "tune: 2 steps"
-    assert not [line for line in lines if not line.startswith("tune: ")], done.stderr
+    assert "tune: 2 steps" in lines
+    read = [line for line in lines if not line.startswith("tune: ")]
+    assert {line.partition(":")[0] for line in read} <= {"domain", "general", "--data", "--general", "--max-length"}
+    for name, facts in results["data"].items():
+        line = next(line for line in read if line.startswith(f"{name}: "))
+        assert f"{name}.jsonl, plain text, {facts['rows']} rows: " in line
+        assert f"{facts['held_out_rows']} held out ({facts['held_out_tokens']:,} tokens)" in line
+        learnt = f"{facts['train_rows']} to learn ({facts['train_tokens'] or 0:,} tokens), "
+        assert (learnt in line) == (name == "domain"), "general text is measured on alone"
 
 
 def test_the_end_says_what_came_out_and_what_to_do_next(here):
@@ -351,7 +359,9 @@ def test_the_end_says_what_came_out_and_what_to_do_next(here):
         before, after = results["before"][kind], results["after"][kind]
         cells = [cell.strip() for cell in rows[kind]]
         assert cells[1:4] == [f"{before['nll']:.4f}", f"{after['nll']:.4f}", f"{after['nll'] - before['nll']:+.4f}"]
-    assert f"{abs(results['summary']['forgetting']):.4f} nats a token of the general text" in done.stdout
+    lost = results["summary"]["forgetting"]
+    said = f"Forgot: {lost:.4f}" if lost >= 0 else f"Forgot nothing: NLL of the general text fell by {-lost:.4f}"
+    assert said in done.stdout
     assert "AutoModelForCausalLM.from_pretrained('tuned')" in done.stdout
 
 

@@ -116,3 +116,14 @@ def test_fingerprints_are_of_content():
     assert fingerprint(texts) == fingerprint(texts, held_out=0.5, seed=3) == fingerprint([*texts, " "])
     others = (["one", "two", "three "], ["two", "one", "three"], ["one", "two"], [*texts, "one"])
     assert len({fingerprint(texts), *map(fingerprint, others), fingerprint(texts, max_rows=2)}) == 6
+
+
+def test_a_limit_does_not_draw_the_held_out_rows_first():
+    keys = np.random.default_rng(0).integers(0, 2**63, 1000, dtype=np.uint64)
+    out = split.held_out(keys, 0.1)
+    everything = np.ones(1000, dtype=bool)
+    _, drawn = split.drawn(keys, everything, 1, 100, 0)
+    assert drawn.sum() == 100
+    assert (drawn & out).sum() < 30
+    _, again = split.drawn(keys[::-1], everything, 1, 100, 0)
+    assert (again[::-1] == drawn).all(), "wherever they stand"

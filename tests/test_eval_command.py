@@ -164,6 +164,46 @@ def test_limits_and_seeds_draw_rows(home):
     assert few["data"]["general"]["fingerprint"] != other["data"]["general"]["fingerprint"]
 
 
+def test_rows_that_a_model_was_trained_on_are_told(home):
+    def notes(*more):
+        return measured(home, "--model", "tuned", "--domain", "domain.jsonl", *more)["notes"]
+
+    told = (
+        "domain text: this model was trained on these rows, all but the held-out ones; measure those alone with "
+        "--held-out 0.2 --seed 0"
+    )
+    assert notes() == [told]
+    assert notes("--before", "tuned") == [told, told.replace("this model", "the model before")]
+    assert notes("--limit", "5") == [told], "the same file, though not the same rows"
+    assert notes("--held-out", "0.2") == notes("--held-out", "0.1") == []
+    assert notes("--held-out", "0.2", "--seed", "1") == notes("--held-out", "0.4") == [told]
+    assert measured(home, "--model", "tuned", "--general", "general.jsonl")["notes"] == [], "it was measured on alone"
+    copy = home / "copy.jsonl"
+    shutil.copy(home / "domain.jsonl", copy)
+    try:
+        assert measured(home, "--model", "tuned", "--domain", copy)["notes"] == [told]
+    finally:
+        copy.unlink()
+    assert told in run(home, "--model", "tuned", "--domain", "domain.jsonl").stderr.replace("\n", " ")
+
+
+def test_a_models_folder_in_a_runs_has_the_card_of_the_run(tmp_path):
+    from alr_kernels.finetune import config_file, seen
+    from alr_kernels.finetune.data import Source
+
+    card = {"verb": "run", "options": {"held_out": 0.05, "seed": 3, "general": str(tmp_path / "g.txt")}}
+    for name in ("tuned", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run.yaml").write_text(json.dumps({**card, config_file.CARD: config_file.CARD_VERSION}))
+    source = Source(str(tmp_path / "g.txt"), held_out=1.0, seed=3)
+    found = [list(seen.notes({"it": str(tmp_path / name)}, "general", source, "")) for name in ("tuned", "other")]
+    assert found[1] == []
+    assert len(found[0]) == 1
+    assert found[0][0].endswith("--held-out 0.05 --seed 3")
+    (tmp_path / "tuned" / "run.yaml").write_text("- of another program")
+    assert list(seen.notes({"it": str(tmp_path / "tuned")}, "general", source, "")) == []
+
+
 def test_other_tokens_do_not_compare(home, tmp_path):
     """The same model with another tokenizer: bytes are the same text, tokens are not."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

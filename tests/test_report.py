@@ -320,6 +320,12 @@ def test_words_follow_the_numbers(what):
     assert words in " ".join(run_words.summary(results))
 
 
+def test_nothing_to_save_is_not_followed_by_what_was_saved():
+    results = report_cases.run()
+    results["summary"]["plain_forgetting"] = -0.1
+    assert "At the same domain NLL" not in " ".join(run_words.summary(results))
+
+
 def test_the_demo_names_its_arms_and_numbers():
     results = report_cases.demo()
     page = page_of(results)

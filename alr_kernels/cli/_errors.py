@@ -154,14 +154,14 @@ def _of_another_rank(error: BaseException) -> bool:
 
 
 def _interrupted(stopped: KeyboardInterrupt) -> str:
-    from ..finetune.progress import Stopped
+    from ..finetune.progress import Interrupted, Stopped
 
+    if isinstance(stopped, Interrupted):
+        return str(stopped)
     if not isinstance(stopped, Stopped):
         return "interrupted."
     if stopped.checkpoint is None:
-        return (
-            f"{stopped}, before this phase's first checkpoint. The same command with --resume begins the phase again."
-        )
+        return f"{stopped}, before a checkpoint was taken. The same command with --resume begins this phase anew."
     return f"{stopped}, which is saved. The same command with --resume goes on from there."
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..finetune.options import FILES, PANELS, fields_of
+from ..finetune.options import FILES, PANELS, REQUIRED, fields_of
 
 FIRST, ADVANCED = "Begin with these", "Advanced"
 KINDS = {"str": str, "int": int, "float": float, "bool": bool}
@@ -52,7 +52,7 @@ def command(body: Callable[[Call], None]) -> Callable[..., None]:
         body(Call(verb, dict(_flag(name, value) for name, value in given.items()), **own))
 
     parameters = [inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters += [_parameter(entry, FIRST) for entry in _firsts(verb)]
+    parameters += [_parameter(entry, FIRST, entry.name in REQUIRED.get(verb, ())) for entry in _firsts(verb)]
     others = [_parameter(entry, PANELS[part]) for part, entry in _others(verb, rare=False)]
     of_files = [parameter for parameter in others if parameter.name in _outputs(verb)]
     parameters += [*of_files, *map(_own, _OWN), *(parameter for parameter in others if parameter not in of_files)]
@@ -93,7 +93,7 @@ def _outputs(verb: str) -> set[str]:
     return {entry.name for part, entry in fields_of(verb) if PANELS[part] == FILES}
 
 
-def _parameter(entry: Field[Any], panel: str) -> inspect.Parameter:
+def _parameter(entry: Field[Any], panel: str, required: bool = False) -> inspect.Parameter:
     """Return the parameter of one option, from which typer makes its flag."""
     facts = entry.metadata
     if isinstance(entry.default, bool):  # the help shows the side that changes something
@@ -108,7 +108,7 @@ def _parameter(entry: Field[Any], panel: str) -> inspect.Parameter:
     form = facts["form"] or ("NAME" if facts["choices"] else FORMS[kind])
     made = typer.Option(
         *(facts["names"] or (f"--{dashed}/--no-{dashed}" if kind == "bool" else f"--{dashed}",)),
-        help=_said(entry),
+        help=_said(entry, required),
         metavar=form,
         rich_help_panel=panel,
         show_default=default is not None,
@@ -116,10 +116,10 @@ def _parameter(entry: Field[Any], panel: str) -> inspect.Parameter:
     return _keyword(entry.name, default, annotation | None if default is None else annotation, made)
 
 
-def _said(entry: Field[Any]) -> str:
+def _said(entry: Field[Any], required: bool = False) -> str:
     """Return an option's help, with what is not to be seen in the flag."""
     text, choices = entry.metadata["help"], entry.metadata["choices"]
-    if entry.default is MISSING:
+    if required or entry.default is MISSING:
         return f"{text} (required)"
     if entry.default is True:
         return f"Without {text}"

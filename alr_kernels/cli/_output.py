@@ -114,7 +114,8 @@ class Shown(Progress):
             nonlocal told, at, last
             last, now = note or last, time.monotonic()
             if step == total and at != total:
-                self.say(f"{name}: {total} steps in {_duration(now - begin)}")
+                of = f", {total} in all" if done else ""
+                self.say(f"{name}: {total - done} steps in {_duration(now - begin)}{of}")
                 told, at = now, step
             elif step < total and now - told >= EVERY and step - at >= total / SHARE:
                 left = (now - begin) / max(step - done, 1) * (total - step)

@@ -27,7 +27,7 @@ def show(results: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=110)
-    if any(results["before"].get(kind) for kind in ROWS):
+    if any(results["before"].get(kind) for kind in ROWS) and not _only_read(results):
         console.print(_table(results))
     for line in (*findings(results), "", *_files(results), "", *following(results)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -38,18 +38,20 @@ def _table(results: Mapping[str, Any]) -> Any:
     from rich.table import Table
 
     plain = results.get("plain")
-    table = Table("held-out text", "tokens", "NLL before", "NLL after", "change", "perplexity before", "after")
-    if plain:
-        table.add_column("NLL without the pull")
+    without = ("NLL without the pull",) if plain else ()
+    table = Table(
+        *("held-out text", "tokens", "NLL before", "NLL after", *without, "change", "perplexity before", "after"),
+        title="Negative log-likelihood (NLL) in nats per token",
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     for kind, name in ROWS.items():
         before, after = results["before"].get(kind), results["after"].get(kind)
         if before and after:
             cells = [name.partition(" (")[0], f"{after['tokens']:,}", _nats(before["nll"]), _nats(after["nll"])]
-            cells += [_change(before["nll"], after["nll"]), _perplexity(before), _perplexity(after)]
             if plain:
                 cells.append(_nats((plain.get(kind) or {}).get("nll")))
+            cells += [_change(before["nll"], after["nll"]), _perplexity(before), _perplexity(after)]
             table.add_row(*cells)
     return table
 
@@ -57,11 +59,20 @@ def _table(results: Mapping[str, Any]) -> Any:
 def findings(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield what the numbers say, in words."""
     summary = results.get("summary") or {}
+    if _only_read(results):
+        yield from _as_it_is(results)
     if (gain := summary.get("domain_gain")) is not None:
-        yield f"{'Learnt' if gain >= 0 else 'Worse on the domain by'}: {abs(gain):.4f} nats a token of the domain."
+        yield (
+            f"Learnt: {gain:.4f} nats per token of the domain."
+            if gain >= 0
+            else f"Learnt nothing: NLL of the domain rose by {-gain:.4f} nats per token."
+        )
     if (forgetting := summary.get("forgetting")) is not None:
-        said = "Forgot" if forgetting >= 0 else "Better on the general text by"
-        yield f"{said}: {abs(forgetting):.4f} nats a token of the general text."
+        yield (
+            f"Forgot: {forgetting:.4f} nats per token of the general text."
+            if forgetting >= 0
+            else f"Forgot nothing: NLL of the general text fell by {-forgetting:.4f} nats per token."
+        )
     elif results["verb"] == "tune":
         yield "What was forgotten was not measured: --general TEXT would."
     if results.get("plain"):
@@ -69,7 +80,33 @@ def findings(results: Mapping[str, Any]) -> Iterator[str]:
         moved = [
             f"{sign * summary[key]:+.4f} on the {text}" for text, key, sign in changes if summary.get(key) is not None
         ]
-        yield f"Without the pull, NLL would change by {' and '.join(moved)}."
+        yield f"Without the pull, NLL changed by {' and '.join(moved)}."
+        from ..report.run_words import at_equal_learning
+
+        if fair := at_equal_learning(results):
+            yield fair
+    if results["verb"] == "tune" and results.get("importance") and (summary.get("forgetting") or 0.0) > 0:
+        yield (
+            "To forget less, raise --lambda; `run --baseline`, or --lambda 0 into another folder, shows what the pull "
+            "saves."
+        )
+
+
+def _only_read(results: Mapping[str, Any]) -> bool:
+    """Say whether the model was read and not trained: there is no before and after."""
+    return results["verb"] == "record" and results["options"]["method"] != "path-integral"
+
+
+def _as_it_is(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield that nothing was trained, and what was measured."""
+    found = results["before"].get("general")
+    measured = (
+        f" Its held-out text has NLL {_nats(found['nll'])} nats per token, perplexity {_perplexity(found)} "
+        f"({found['tokens']:,} tokens)."
+        if found
+        else ""
+    )
+    yield f"Nothing was trained: --method {results['options']['method']} only reads the model.{measured}"
 
 
 def _files(results: Mapping[str, Any]) -> Iterator[str]:

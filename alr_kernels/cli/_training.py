@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,10 +86,10 @@ def _phases(settings: Settings, call: Call, main: bool) -> dict[str, Any]:
     """Call the verb's function, with progress on the main process."""
     from rich.console import Console
 
-    from ..finetune.progress import Progress
+    from ..finetune.progress import Interrupted, Progress, Stopped
 
     console = Console(file=sys.stderr)
-    with ExitStack() as stack:
+    with ExitStack() as stack, _before_it_began(Interrupted, Stopped):
         if main:
             with console.status("importing torch and transformers"):
                 from ..finetune import phases
@@ -101,6 +102,19 @@ def _phases(settings: Settings, call: Call, main: bool) -> dict[str, Any]:
         results = verb(settings, resume=call.resume, overwrite=call.overwrite, progress=progress)
     _leave()
     return results
+
+
+@contextmanager
+def _before_it_began(*known: type[BaseException]) -> Iterator[None]:
+    """Say that an interruption was early, unless it is of a ``known`` kind, which a run that has begun raises."""
+    try:
+        yield
+    except known:
+        raise
+    except KeyboardInterrupt as error:
+        raise known[0](
+            "interrupted before the run began: nothing was written, and the same command can simply be given again."
+        ) from error
 
 
 def _leave() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _environment, _validate_choices, _validate_finetune
-from . import questions
+from . import questions, seen
 from .choices import Answers, answer
 from .evaluation import IGNORED, Losses, losses
 from .intervals import Change, paired
@@ -140,7 +140,7 @@ def compare(request: Request, progress: Progress | None = None) -> dict[str, Any
             else {"changes": None, "summary": None, "intervals": None, "notes": []}
         ),
     }
-    results["notes"] += _oddities(before, after)
+    results["notes"] += [*_seen(request, after), *_oddities(before, after)]
     return results | {"seconds": time.perf_counter() - began}
 
 
@@ -268,6 +268,17 @@ def _accuracy(pairs: Sequence[tuple[Answers, Answers]], metric: str, seed: int) 
     name = "right" if metric == "accuracy" else "right_norm"
     differences = [getattr(after, name) - getattr(before, name) for before, after in pairs]
     return paired([(difference, np.ones(len(difference))) for difference in differences], seed)
+
+
+def _seen(request: Request, after: Measured) -> list[str]:
+    """Return which texts the models were trained on."""
+    models = {"this model": request.model.model, "the model before": request.before}
+    texts = after.texts.items()
+    return [
+        note
+        for name, text in texts
+        for note in seen.notes(models, name, request.texts[name], text.facts["fingerprint"])
+    ]
 
 
 def _oddities(before: Measured | None, after: Measured) -> list[str]:

@@ -17,7 +17,7 @@ from .metrics import Metrics
 from .options import DataOptions, MeasureOptions, ModelOptions, RunOptions, TokenOptions, TrainOptions
 from .outcome import Place, read_json, write_json
 from .ownership import BEGUN, FACTS, alone, clear_work, has_progress
-from .progress import Progress
+from .progress import Interrupted, Progress, Stopped
 from .stopping import Stop
 
 LEFT_OUT = {
@@ -25,6 +25,8 @@ LEFT_OUT = {
     "truncated": "cut to the length of a sequence (--max-length)",
     "overlap": "not trained on, because they are measured on",
 }
+FORMATS = {"text": "plain text", "prompt/completion": "prompts and completions", "messages": "conversations"}
+FEW = 10  # held-out rows below which a measurement says little
 
 if TYPE_CHECKING:
     from .data import Texts
@@ -73,7 +75,7 @@ class Job:
         return asked if loaded.longest is None else min(asked, loaded.longest)
 
     def texts(self, option: str, loaded: Loaded, *, train: bool) -> Texts:
-        """Read and tokenise "data" or "general", and tell what was left out.
+        """Read and tokenise "data" or "general", and tell what was read and what was left out.
 
         Args:
             train: False where only held-out rows are wanted.
@@ -85,9 +87,12 @@ class Job:
         )  # fmt: skip
         self.settings.same_data(option, found.facts)
         self.remember(f"--{option}", found.facts["fingerprint"])
-        for what, text in LEFT_OUT.items():
-            if count := found.facts.get(what):
-                self.progress.say(f"--{option}: {count} rows {text}")
+        name = "general" if self.settings.verb == "record" or option == "general" else "domain"
+        for line in _read(name, option, found.facts, train):
+            self.progress.say(line)
+        asked, longest = tokens.max_length, self.max_length(loaded)
+        if option == "data" and longest < asked:
+            self.progress.say(f"--max-length: sequences have {longest} tokens, the most that the model takes")
         return found
 
     def remember(self, what: str, fingerprint: str) -> None:
@@ -111,6 +116,39 @@ class Job:
             write_json(path, found)
         _ranks.wait()
         return found
+
+
+def _read(name: str, option: str, facts: dict[str, Any], train: bool) -> Iterator[str]:
+    """Yield what was read, what was left out, and whether little is held out.
+
+    Args:
+        name: of the text.
+        option: that named it.
+        facts: of ``Texts``.
+        train: whether it is trained on.
+    """
+    unit, out = facts["unit"], facts["held_out_rows"]
+    parts = [f"{facts['train_rows']:,} to learn ({facts['train_tokens']:,} tokens)"] if train else []
+    if out:
+        of = f" of {Path(facts['held_out_source']).name}" if facts["held_out_source"] else ""
+        parts.append(f"{out:,} held out{of} ({facts['held_out_tokens']:,} tokens)")
+    source, kind = Path(facts["source"]).name or facts["source"], FORMATS.get(facts["format"], facts["format"])
+    yield f"{name}: {source}, {kind}, {_counted(facts['rows'], unit)}: {', '.join(parts)}"
+    for what, text in LEFT_OUT.items():
+        if count := facts.get(what):
+            yield f"--{option}: {_counted(count, unit)} {text}"
+    if out and out < FEW:
+        flag = "a larger --held-out" if not facts["held_out_source"] else "more data to measure on"
+        yield f"--{option}: {_counted(out, unit)} held out: few, so that what is measured is uncertain; {flag} helps"
+
+
+def _counted(count: int, unit: str) -> str:
+    """Return a number with its unit.
+
+    >>> _counted(1, "row"), _counted(1200, "file")
+    ('1 row', '1,200 files')
+    """
+    return f"{count:,} {unit}" if count == 1 else f"{count:,} {unit}s"
 
 
 @contextmanager
@@ -154,11 +192,16 @@ def begun(
             yield job
         except Exception:
             if is_main and not resumed and not has_progress(place.work):
-                clear_work(
-                    place.work
-                )  # bad input: there is nothing to go on with, and nothing in the way of another try
+                clear_work(place.work)  # bad input: nothing to go on with, nothing in the way of another try
                 place.tidy_empty()
             raise
+        except Stopped:
+            raise
+        except KeyboardInterrupt as error:
+            raise Interrupted(
+                "interrupted at once. The same command with --resume goes on from the last checkpoint, or from the "
+                "beginning where there is none."
+            ) from error
 
 
 def on_first(work: Callable[[], Any]) -> Any:

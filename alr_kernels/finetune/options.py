@@ -272,6 +272,7 @@ PARTS: dict[str, tuple[type[Any], ...]] = {
     ),
 }  # verb → its parts, in the order of its help
 FILES = "Files and how to go on"
+REQUIRED = {"run": ("general",)}  # by verb, beside the options that have no default
 PANELS: dict[type[Any], str] = {
     ModelOptions: "Model",
     DataOptions: "Data",

@@ -27,6 +27,10 @@ class Progress:
         """Tell one line."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was interrupted elsewhere than after a step; its text says what is left and how to go on."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run that was interrupted after a whole step.
 

@@ -11,7 +11,7 @@ from .. import _validate_finetune, _validate_values
 from . import config_file, effects
 from .effects import EXCLUSIVE, adapter_folder
 from .lora_spec import LoraSpec
-from .options import PARTS, ModelOptions, OptimizerOptions, PullOptions, RunOptions, TrainOptions, fields_of
+from .options import PARTS, REQUIRED, ModelOptions, OptimizerOptions, PullOptions, RunOptions, TrainOptions, fields_of
 
 Part = TypeVar("Part")
 
@@ -201,8 +201,7 @@ def _defaults(verb: str) -> dict[str, Any]:
 
 def _nothing_missing(verb: str, values: Mapping[str, Any], card: Mapping[str, Any] | None) -> None:
     missing = [name for name, value in values.items() if value is MISSING]
-    if verb == "run" and values.get("general") is None:
-        missing.append("general")
+    missing += [name for name in REQUIRED.get(verb, ()) if values.get(name) is None]
     if missing:
         was = (card or {}).get("files") or {}
         hint = f"; the run of this card wrote to {was['out']}" if "out" in missing and "out" in was else ""

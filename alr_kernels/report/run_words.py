@@ -14,7 +14,7 @@ NATS = "nats per token"
 
 def summary(results: Mapping[str, Any]) -> list[str]:
     """Return paragraphs: what was learnt, what was forgotten, what the pull changed, what it cost."""
-    parts = (_learnt, _forgotten, _compared, _at_equal_learning, _moved, _spent)
+    parts = (_learnt, _forgotten, _compared, at_equal_learning, _moved, _spent)
     return [said for said in (part(results) for part in parts) if said]
 
 
@@ -69,10 +69,15 @@ def _compared(results: Mapping[str, Any]) -> str:
     return f"{began}. The pull {saved}, and kept {kept} of what the baseline learnt."
 
 
-def _at_equal_learning(results: Mapping[str, Any]) -> str:
-    """Compare with the baseline where both had learnt the same: at the end, whoever learnt less forgot less, too."""
+def at_equal_learning(results: Mapping[str, Any]) -> str:
+    """Compare with the baseline where both had learnt the same: at the end, whoever learnt less forgot less, too.
+
+    Empty where there is no such point, and where the baseline forgot nothing, so that nothing could be saved.
+    """
+    if ((results.get("summary") or {}).get("plain_forgetting") or 0.0) <= 0:
+        return ""
     points = {
-        phase: [(entry["domain"], entry["general"]) for entry in results["curves"].get(phase) or ()
+        phase: [(entry["domain"], entry["general"]) for entry in (results.get("curves") or {}).get(phase) or ()
                 if entry["domain"] is not None and entry.get("general") is not None]
         for phase in ("tune", "plain")
     }  # fmt: skip

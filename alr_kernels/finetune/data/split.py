@@ -48,10 +48,19 @@ def drawn(
     if rows is None or rows >= len(keys):
         return train, out
     measured = min(int(out.sum()), rows if share == 1 else max(round(share * rows), 1 if share else 0))
-    order = np.argsort(keys, kind="stable")
+    # Of all rows those of another order are drawn: in this one, those that training held out come first.
+    order = np.argsort(_mixed(keys) if share == 1 else keys, kind="stable")
     fewer = np.zeros_like(out)
     fewer[order[out[order]][:measured]] = True
     learnt = np.random.default_rng(seed).permutation(np.flatnonzero(train))[: rows - measured]
     train = np.zeros_like(out)
     train[learnt] = True
     return train, fewer
+
+
+def _mixed(keys: np.ndarray) -> np.ndarray:
+    """Return other keys, [rows] uint64, of another order and as distinct: the finaliser of SplitMix64."""
+    mixed = keys.astype(np.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    return mixed ^ (mixed >> np.uint64(31))
