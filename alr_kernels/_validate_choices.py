@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ._validate import listed
+from ._validate_values import listed
 
 
 def counted(tokens: int, rows: int) -> None:

@@ -5,11 +5,13 @@ Nothing heavy is imported: a wrong flag is told at once.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ._validate_values import nearest, number
+from .finetune.endings import TABLES, TEXT
 
 LORA_FORM = "'default', or such as r=8,alpha=32,targets=q_proj+v_proj,dropout=0.05,rslora=true"
 KINDS = {"str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
@@ -167,6 +169,15 @@ def file_there(said: str, value: str, what: str) -> None:
     if not Path(value).is_file():
         kind = "is a folder" if Path(value).is_dir() else "no such file"
         raise FileNotFoundError(f"{said}: {value}: {kind}; expected {what}.")
+
+
+def text_there(said: str, name: str) -> None:
+    """Refuse a text that can only be a file or folder, and is not there; else it may be a pattern or a hub id."""
+    is_path = looks_like_a_folder(name) or Path(name).suffix.lower() in (*TEXT, *TABLES)
+    if is_path and not glob.has_magic(name) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(
+            f"{said}: there is no file or folder {name!r} (looked from {Path.cwd()}); check the path."
+        )
 
 
 def unreadable(said: str, path: Path, error: OSError) -> NoReturn:

@@ -231,22 +231,27 @@ def merge_weight(rule: str, weight: Any) -> float:
     return number("weight", weight, high=1.0, closed=True)
 
 
-def mergeable(first: Any, second: Any) -> None:
-    """Refuse two importances whose values do not compare: raw Ω of different estimators, or of different models."""
+def mergeable(
+    first: Any, second: Any, said: str = "merged", remedy: str = "Use a.normalized().merged(b.normalized(), ...)."
+) -> None:
+    """Refuse two importances whose values do not compare: raw Ω of different estimators, or of different models.
+
+    ``said``: what is complained of; ``remedy``: how its user makes different estimators comparable.
+    """
     if not hasattr(second, "encoded"):
         raise TypeError(f"merged: expected an Importance, got {type(second).__name__}.")
     if first.is_normalized != second.is_normalized or (first.method != second.method and not first.is_normalized):
         forms = [f"{x.method}{', normalized' if x.is_normalized else ''}" for x in (first, second)]
         raise ValueError(
-            f"merged: expected the same estimator, or both normalized, got {forms[0]} and {forms[1]}: raw importances "
-            "of different estimators have different units. Use a.normalized().merged(b.normalized(), ...)."
+            f"{said}: expected the same estimator, or both normalized, got {forms[0]} and {forms[1]}: raw importances "
+            f"of different estimators have different units. {remedy}"
         )
     shapes = {name: tuple(second.encoded(name).shape) for name in second if name in first}
     differing = [name for name, shape in shapes.items() if tuple(first.encoded(name).shape) != shape]
     if differing:
         name = min(differing)
         raise ValueError(
-            f"merged: expected the shapes of fingerprint {first.fingerprint}, got another model: {listed(differing)} "
+            f"{said}: expected the shapes of fingerprint {first.fingerprint}, got another model: {listed(differing)} "
             f"differ ({name!r}: {tuple(first.encoded(name).shape)} and {shapes[name]})."
         )
 

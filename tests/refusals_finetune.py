@@ -260,6 +260,9 @@ REFUSED = {
     "model file": (
         lambda c: _validate_finetune.model_folder("--model", __file__), ValueError, "--model: .*is a file.*folder",
     ),
+    "text path": (
+        lambda c: _validate_finetune.text_there("--general", "gone.txt"), FileNotFoundError, "--general: there is no",
+    ),
     "model not there": (
         lambda c: _validate_finetune.model_folder("--model", "./no"), FileNotFoundError, "--model: ./no: no such",
     ),

@@ -246,7 +246,7 @@ REFUSED = {
         ValueError, "--save-model .*llama: expected a folder that --model .*llama is not in",
     ),
     "a model's folder to save to": (
-        lambda c: run("record", save_model=home() / "halves"), FileExistsError, "--save-model: .*halves is there",
+        lambda c: run("record", save_model=home() / "halves"), FileExistsError, "--save-model .*halves: .*no run left",
     ),
     "importance of other adapters": (
         lambda c: tune("of-lora.safetensors", lora="targets=v_proj+up_proj"),

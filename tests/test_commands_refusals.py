@@ -48,6 +48,7 @@ def home(tmp_path_factory):
         "bad.yaml": b"lr: [1\n",
         "torn.safetensors": b"\x10\0\0\0\0\0\0\0{}",
     }
+    tiny.tokenizer().save_pretrained(folder / "broken")
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)

@@ -278,6 +278,35 @@ def test_refusals_have_exit_code_2_and_write_nothing(tmp_path, options, says):
     assert [entry.name for entry in tmp_path.iterdir()] == ["i.safetensors"]
 
 
+def test_why_tensors_stay_fp32(tmp_path):
+    shapes = {"a": (64, 128), "b": (64, 127), "c": (10, 128), "d": (5000,), "e": (), "f": (8, 8)}
+    Importance({name: torch.rand(shape) for name, shape in shapes.items()}).save(tmp_path / "i.safetensors")
+    options = (tmp_path / "i.safetensors", "--out", tmp_path / "o.safetensors", "--overwrite", "--dtype")
+    said = run(*options, "int4").output
+    assert "5 of 6 tensors stay fp32: 1 with rows no multiple of 128, 2 under 4096 elements, 2 vectors or" in said
+    assert "4 of 6 tensors stay fp32: 2 under 4096 elements, 2 vectors or scalars" in run(*options, "bf16").output
+    reasons = json.loads(run(*options, "int8", "--json").output)["stay_fp32"]
+    assert reasons == {"with rows no multiple of 128": 1, "under 4096 elements": 2, "vectors or scalars": 2}
+
+
+def test_estimators_that_do_not_merge_are_told_the_flag(tmp_path):
+    importance().save(tmp_path / "a.safetensors")
+    importance(method="fisher", xi=None, relative=False).save(tmp_path / "b.safetensors")
+    options = (
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        "--merge",
+        "sum",
+        "--out",
+        tmp_path / "o.safetensors",
+    )
+    done = run(*options)
+    assert done.exit_code == 2
+    assert "Add --normalize" in done.output
+    assert ".merged(" not in done.output
+    assert run(*options, "--normalize").exit_code == 0
+
+
 def test_a_folder_that_is_not_there(tmp_path):
     importance().save(tmp_path / "i.safetensors")
     done = run(tmp_path / "i.safetensors", "--dtype", "int4", "--out", tmp_path / "no" / "o.safetensors")

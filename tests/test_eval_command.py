@@ -388,6 +388,12 @@ def test_lists_of_a_parquet_file(tmp_path):
     assert questions.read(path)[1] == [questions.Question("Question: q\nAnswer:", ("x", "y"), 1)]
 
 
+def test_progress_counts_batches(home):
+    result = run(home, "--model", "base", "--general", "general.jsonl", "--limit", "4")
+    assert " batches in " in result.stderr
+    assert " steps" not in result.stderr
+
+
 def test_the_help_has_an_example():
     result = CliRunner().invoke(app, ["eval", "--help"])
     assert "alr-kernels eval --model tuned --before" in result.output

@@ -324,7 +324,7 @@ def test_the_table_has_every_layer_and_the_largest_tensors(tmp_path, form):
     assert order[2].name not in layers
     assert f"format version {3 if form == 'rank1' else 2}" in done.output
     assert kept.fingerprint in done.output
-    headed = any("share of" in line and "kept" in line for line in done.output.splitlines()[:7])
+    headed = any("lost" in line and "change" in line for line in done.output.splitlines()[:7])
     assert headed == (form != "fp32"), "what is kept is told where it is not the original"
     assert "…" not in done.output
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -30,6 +31,7 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # DDP warns of what Trainer chose for it
 }
 EVERY, SHARE = 15.0, 10  # where no bar can be drawn: a line each so many seconds, and a tenth of a phase at least
+PIPED = 100  # columns of a table that goes to no terminal
 
 
 @contextmanager
@@ -73,8 +75,8 @@ def _is_ours() -> bool:
 class Shown(Progress):
     """Progress on stderr: a bar for each phase on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, verb: str, console: Console) -> None:
-        self.verb, self.console = verb, console
+    def __init__(self, verb: str, console: Console, unit: str = "steps") -> None:
+        self.verb, self.console, self.unit = verb, console, unit
         self._bars: Any = None
 
     def __enter__(self) -> Shown:
@@ -108,14 +110,14 @@ class Shown(Progress):
     def _lines(self, name: str, total: int, done: int) -> Tick:
         begin = time.monotonic()
         told, at, last = begin, done, ""
-        self.say(f"{name}: {total} steps" + (f", from step {done} on" if done else ""))
+        self.say(f"{name}: {total} {self.unit}" + (f", from step {done} on" if done else ""))
 
         def tick(step: int, note: str = "") -> None:
             nonlocal told, at, last
             last, now = note or last, time.monotonic()
             if step == total and at != total:
                 of = f", {total} in all" if done else ""
-                self.say(f"{name}: {total - done} steps in {_duration(now - begin)}{of}")
+                self.say(f"{name}: {total - done} {self.unit} in {_duration(now - begin)}{of}")
                 told, at = now, step
             elif step < total and now - told >= EVERY and step - at >= total / SHARE:
                 left = (now - begin) / max(step - done, 1) * (total - step)
@@ -140,3 +142,10 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table_console() -> Console:
+    """Return the console for tables: as wide as the terminal or $COLUMNS say, and wide enough to read in a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else shutil.get_terminal_size((PIPED, 24)).columns)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from . import _output
 from ._errors import clean
 from ._progress import bar
 
@@ -34,7 +35,7 @@ class Rule(str, Enum):
 
 def convert(
     files: Annotated[list[Path], typer.Argument(metavar="IN", help="One importance file, or several to merge.")],
-    out: Annotated[Path, typer.Option(help="File to write, ending in .safetensors.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write, ending in .safetensors.")],
     select: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Keep tensors of these names: '*.q_proj.weight'.")
     ] = None,
@@ -42,16 +43,21 @@ def convert(
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Names that begin with OLD begin with NEW instead; either may be empty."),
     ] = None,
-    normalize: Annotated[bool, typer.Option("--normalize", help="Scale each file to mean 1.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", metavar=" ", help="Scale each file to mean 1.")] = False,
     merge: Annotated[
-        Rule | None, typer.Option(help="sum; max; weighted: w·A + (1−w)·B; decayed: w·A + B, from file to file.")
+        Rule | None,
+        typer.Option(metavar="NAME", help="sum; max; weighted: w·A + (1−w)·B; decayed: w·A + B, from file to file."),
     ] = None,
     weight: Annotated[
-        list[float] | None, typer.Option(help="w of weighted (or one a file, of sum 1) and of decayed.")
+        list[float] | None,
+        typer.Option(metavar="NUMBER", help="w of weighted (or one a file, of sum 1) and of decayed."),
     ] = None,
-    dtype: Annotated[Form | None, typer.Option(help="How to keep it. (default: as it is)")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    dtype: Annotated[
+        Form | None,
+        typer.Option(metavar="NAME", help="How to keep it (fp32, bf16, int8, int4, rank1). (default: as it is)"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", metavar=" ", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", metavar=" ", help="Print one JSON object.")] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.", hidden=True)] = False,
 ) -> None:
     """Make an importance file of others: select, rename, normalize, merge and encode, in this order.
@@ -71,6 +77,10 @@ def convert(
         --rename layers.=model.layers. --out q.safetensors
     """
     with clean("convert", debug):
+        from .. import _validate_finetune
+
+        for path in files:
+            _validate_finetune.file_there("IN", str(path), "an importance file")
         from .. import _validate_inspection
         from ..importance import Importance
         from ..importance.conversion import convert as converted
@@ -92,8 +102,6 @@ def convert(
             said = {**done.as_dict(), "inputs": before}
             typer.echo(json.dumps(finite(said), indent=1, ensure_ascii=False, allow_nan=False))
             return
-        from rich.console import Console
-
         from ..report import importance_table
 
-        importance_table.show_conversion(done, before, Console())
+        importance_table.show_conversion(done, before, _output.table_console())

@@ -56,7 +56,10 @@ def _option(text: str, panel: str, *names: str, form: str | None = None) -> Any:
 
 
 def eval(
-    model: Annotated[str, _option("Model to measure: a folder, an adapter's folder, or a hub id.", FIRST)],
+    model: Annotated[
+        str,
+        _option("Model to measure: a folder, an adapter's folder, or a hub id.", FIRST, form="MODEL"),
+    ],
     before: Annotated[
         str | None, _option("Model that it came from, measured too; needed to say what changed.", FIRST, form="MODEL")
     ] = None,
@@ -74,27 +77,36 @@ def eval(
     domain_choices: Annotated[
         list[str] | None, _option("Multiple choice about the domain, likewise.", FIRST, form="FILE")
     ] = None,
-    as_json: Annotated[bool, _option("Print one JSON object instead of the table.", FIRST, "--json")] = False,
+    as_json: Annotated[bool, _option("Print one JSON object instead of the table.", FIRST, "--json", form=" ")] = False,
     out: Annotated[Path | None, _option("Write the JSON object here, too.", FIRST, form="FILE")] = None,
     held_out: Annotated[
         float | None,
-        _option("Measure on the rows that training with this share and --seed held out. (default: all rows)", TEXTS),
+        _option(
+            "Measure on the rows that training with this share and --seed held out. (default: all rows)",
+            TEXTS, form="NUMBER",
+        ),
     ] = None,
-    seed: Annotated[int, _option("Draws the held-out rows, those of --limit, and the intervals.", TEXTS)] = 0,
+    seed: Annotated[int, _option("Draws the held-out rows, those of --limit, and the intervals.", TEXTS, form="N")] = 0,
     limit: Annotated[
-        int | None, _option("Rows of each text, drawn by the seed; of questions, the first ones.", TEXTS)
+        int | None, _option("Rows of each text, drawn by the seed; of questions, the first ones.", TEXTS, form="N")
     ] = None,
     max_length: Annotated[
-        int, _option("Tokens of a sequence, at most; cut down to what the model takes.", TEXTS)
+        int, _option("Tokens of a sequence, at most; cut down to what the model takes.", TEXTS, form="N")
     ] = 1024,
-    batch: Annotated[int, _option("Sequences in a batch.", TEXTS)] = 8,
+    batch: Annotated[int, _option("Sequences in a batch.", TEXTS, form="N")] = 8,
     packing: Annotated[
         bool | None,
-        _option("Join short texts into full sequences. (default: for plain text)", TEXTS, "--packing/--no-packing"),
+        _option(
+            "Join short texts into full sequences. (default: for plain text)",
+            TEXTS, "--packing/--no-packing", form=" ",
+        ),
     ] = None,
     loss_on: Annotated[
         LossOn | None,
-        _option("What counts: answers (completions and assistant turns), or all tokens. (default: answers)", TEXTS),
+        _option(
+            "What counts: answers (completions and assistant turns), or all tokens. (default: answers)",
+            TEXTS, form="NAME",
+        ),
     ] = None,
     general_columns: Annotated[
         str | None, _option("Which columns hold what: text=body, or prompt=q,completion=a.", TEXTS, form="ROLE=COLUMN")
@@ -102,20 +114,38 @@ def eval(
     domain_columns: Annotated[
         str | None, _option("As --general-columns, of --domain.", TEXTS, form="ROLE=COLUMN")
     ] = None,
-    general_split: Annotated[str | None, _option("Split of a hub data set. (default: train)", ADVANCED)] = None,
-    general_subset: Annotated[str | None, _option("Configuration of a hub data set.", ADVANCED)] = None,
-    domain_split: Annotated[str | None, _option("As --general-split, of --domain.", ADVANCED)] = None,
-    domain_subset: Annotated[str | None, _option("As --general-subset, of --domain.", ADVANCED)] = None,
-    device: Annotated[Device, _option("auto takes a GPU where there is one.", ADVANCED)] = Device.auto,
-    dtype: Annotated[Dtype, _option("Of the weights; auto: as they are saved.", ADVANCED)] = Dtype.auto,
-    quantize: Annotated[Quantize, _option("Keep base models in 8 or 4 bits (bitsandbytes).", ADVANCED)] = Quantize.none,
-    tokenizer: Annotated[str | None, _option("Another tokenizer than the models'.", ADVANCED)] = None,
+    general_split: Annotated[
+        str | None,
+        _option("Split of a hub data set. (default: train)", ADVANCED, form="NAME"),
+    ] = None,
+    general_subset: Annotated[str | None, _option("Configuration of a hub data set.", ADVANCED, form="NAME")] = None,
+    domain_split: Annotated[str | None, _option("As --general-split, of --domain.", ADVANCED, form="NAME")] = None,
+    domain_subset: Annotated[str | None, _option("As --general-subset, of --domain.", ADVANCED, form="NAME")] = None,
+    device: Annotated[
+        Device,
+        _option("Where the models run (auto, cpu, cuda); auto takes a GPU where there is one.", ADVANCED, form="NAME"),
+    ] = Device.auto,
+    dtype: Annotated[
+        Dtype,
+        _option("Precision of the weights (auto, fp32, bf16, fp16); auto: as they are saved.", ADVANCED, form="NAME"),
+    ] = Dtype.auto,
+    quantize: Annotated[
+        Quantize,
+        _option("Keep base models in 8 or 4 bits, by bitsandbytes (none, int8, nf4).", ADVANCED, form="NAME"),
+    ] = Quantize.none,
+    tokenizer: Annotated[str | None, _option("Another tokenizer than the models'.", ADVANCED, form="MODEL")] = None,
     chat_template: Annotated[str | None, _option("File with a chat template.", ADVANCED, form="FILE")] = None,
-    attention: Annotated[str | None, _option("Attention implementation, such as sdpa or eager.", ADVANCED)] = None,
+    attention: Annotated[
+        str | None,
+        _option("Attention implementation, such as sdpa or eager.", ADVANCED, form="NAME"),
+    ] = None,
     trust_remote_code: Annotated[
-        bool, _option("Run code that comes with a model.", ADVANCED, "--trust-remote-code")
+        bool, _option("Run code that comes with a model.", ADVANCED, "--trust-remote-code", form=" ")
     ] = False,
-    debug: Annotated[bool, _option("Show tracebacks, and warnings of other libraries.", ADVANCED, "--debug")] = False,
+    debug: Annotated[
+        bool,
+        _option("Show tracebacks, and warnings of other libraries.", ADVANCED, "--debug", form=" "),
+    ] = False,
 ) -> None:  # fmt: skip
     """Measure a model on texts and questions; with --before, also the model it came from, and say what changed.
 
@@ -160,6 +190,7 @@ def _results(given: dict[str, Any]) -> dict[str, Any]:
         if given[option] is not None:
             _validate_finetune.at_least(f"--{option.replace('_', '-')}", given[option], low)
     _validate_values.seed(given["seed"], "--seed")
+    _paths_there(given)
     from rich.console import Console
 
     from ..finetune.card import plain
@@ -168,11 +199,28 @@ def _results(given: dict[str, Any]) -> dict[str, Any]:
     with console.status("importing torch and transformers"):
         from ..finetune.comparison import compare
         from ..finetune.outcome import write_json
-    with _output.Shown("eval", console) as progress:
+    with _output.Shown("eval", console, unit="batches") as progress:
         results = plain(compare(_request(given), progress))
     if given["out"] is not None:
         write_json(given["out"], results)
     return results
+
+
+def _paths_there(given: dict[str, Any]) -> None:
+    """Check what can only be a path before torch is imported, which takes seconds."""
+    from .. import _validate_finetune
+
+    for option in ("model", "before"):
+        if given[option] is not None:
+            _validate_finetune.model_folder(f"--{option}", given[option])
+    for option in ("general", "domain"):
+        if given[option] is not None:
+            _validate_finetune.text_there(f"--{option}", given[option])
+    for option in ("choices", "domain_choices"):
+        for path in given[option] or ():
+            _validate_finetune.file_there(f"--{option.replace('_', '-')}", path, "a file of questions")
+    if given["chat_template"] is not None:
+        _validate_finetune.file_there("--chat-template", given["chat_template"], "a file with a Jinja template")
 
 
 def _request(given: dict[str, Any]) -> Request:

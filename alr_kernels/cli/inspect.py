@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import _output
 from ._errors import clean
 from ._progress import bar
 
@@ -29,23 +30,37 @@ class By(str, Enum):
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An importance file, of either format version, in any encoding.")],
-    coeffs: Annotated[Coeffs, typer.Option(help="Rule of the layers' coefficients α.")] = Coeffs.softmax,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="An importance file, of either format version, in any encoding.")
+    ],
+    coeffs: Annotated[
+        Coeffs,
+        typer.Option(metavar="NAME", help="Rule of the layers' coefficients α (softmax, proportional, uniform)."),
+    ] = Coeffs.softmax,
     temperature: Annotated[
-        str, typer.Option(help="T of the softmax: auto, or a number in units of a layer's ‖Ω‖.")
+        str,
+        typer.Option(metavar="NUMBER", help="Temperature of the softmax: auto, or a number in units of a layer's ‖Ω‖."),
     ] = "auto",
-    by: Annotated[By | None, typer.Option(help="What a layer is. (default: block; module for LoRA)")] = None,
+    by: Annotated[
+        By | None,
+        typer.Option(metavar="NAME", help="What a layer is (block, module). (default: block; module for LoRA)"),
+    ] = None,
     encodings: Annotated[
         str,
         typer.Option(
+            metavar="NAMES",
             help="What to read every value for: int8,int4,rank1: what each would lose; kept: how what is kept differs "
-            "from the original's statistics; all; none: the header alone. auto: all, in files of up to 2^28 elements."
+            "from the original's statistics; all; none: the header alone. auto: all, in files of up to 2^28 elements.",
         ),
     ] = "auto",
-    top: Annotated[int | None, typer.Option(min=1, help="Tensors listed, by share. (default: 10)")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw all of it into this .png file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page that works offline into this folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with every tensor.")] = False,
+    top: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tensors listed, by share. (default: 10)")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw all of it into this .png file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write a page that works offline into this folder.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=" ", help="Print one JSON object with every tensor.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.", hidden=True)] = False,
 ) -> None:
     """Show what an importance file holds: where the pull will be, and what an encoding costs.
@@ -72,12 +87,9 @@ def inspect(
 
             typer.echo(json.dumps(finite(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False))
         else:
-            from rich.console import Console
-
             from ..report import importance_table
 
-            console = Console()
-            importance_table.show(found, top, console)
+            importance_table.show(found, top, _output.table_console())
         for path in written:
             typer.echo(f"Written: {path}", err=as_json)
     if found.problems:
@@ -88,6 +100,9 @@ def _inspected(
     file: Path, coeffs: str, temperature: str, by: Any, encodings: str, top: int | None, plot: Path | None,
     as_json: bool,
 ) -> Any:  # fmt: skip
+    from .. import _validate_finetune
+
+    _validate_finetune.file_there("FILE", str(file), "an importance file")
     from .. import _validate_inspection
     from ..importance import Importance
     from ..importance.inspection import chosen, inspect, work

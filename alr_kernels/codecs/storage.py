@@ -109,6 +109,15 @@ def fitting(name: str, shape: Sequence[int], dtype: torch.dtype = torch.float32)
     return name
 
 
+def why_wide(name: str, shape: Sequence[int]) -> str | None:
+    """Say in words why a tensor stays fp32 where ``name`` is wanted; None where it is kept as wanted."""
+    if fitting(name, shape) == name:
+        return None
+    if len(shape) < 2:
+        return "vectors or scalars"
+    return f"under {SMALL} elements" if _is_small(shape) else f"with rows no multiple of {BLOCK}"
+
+
 def scale_shape(param: Tensor) -> tuple[int, ...]:
     """Return the shape of block scales: rows as the parameter, so that they shard with it."""
     return (*param.shape[:-1], param.shape[-1] // BLOCK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from typing import Any
 
 from .. import _validate_importance, _validate_inspection
 from ..codecs.encoded import Encoded
-from ..codecs.storage import fitting, parse
+from ..codecs.storage import fitting, parse, why_wide
 from .artifact import MAXIMUM, MERGE_RULES, Importance
 from .chunks import Loss, loss
 from .files import About, ImportanceWriter
@@ -30,6 +31,7 @@ class Converted:
     about: About
     forms: dict[str, str]  # by tensor
     losses: dict[str, Loss]  # of tensors whose form changed, in this conversion alone
+    wide: dict[str, int]  # tensors that stay fp32 though another form was asked for, by the reason
 
     @property
     def loss(self) -> Loss | None:
@@ -49,6 +51,7 @@ class Converted:
             "forms": {form: list(self.forms.values()).count(form) for form in dict.fromkeys(self.forms.values())},
             **{key: value for key, value in self.about._asdict().items() if key != "cut"},
             "encoding": encoding,
+            "stay_fp32": self.wide,
         }
 
 
@@ -104,7 +107,7 @@ def convert(
         for importance in given:
             importance.is_normalized = True  # the copy's: selecting made it
     for other in given[1:]:
-        _validate_importance.mergeable(given[0], other)
+        _validate_importance.mergeable(given[0], other, "merge", "Add --normalize (in Python: normalize=True).")
     before = _forms(given, merge is not None or normalize)
     changes = bool(merge or normalize or renames or kept or sum(map(len, given)) < whole)
     _validate_inspection.some_change(changes, "--select, --rename, --normalize, --merge or --dtype")
@@ -112,7 +115,9 @@ def convert(
     forms = before if kept is None else {name: fitting(kept, shapes[name]) for name in before}
     if kept is not None:
         _validate_inspection.dtype_changes(kept, before, forms)
-    return _written(Path(target), given, forms, shapes, means, factors, tick or (lambda elements: None))
+    reasons = [why_wide(kept, shapes[name]) for name in forms] if kept is not None else []
+    wide = Counter(reason for reason in reasons if reason is not None)
+    return _written(Path(target), given, forms, shapes, means, factors, dict(wide), tick or (lambda elements: None))
 
 
 def _selected(inputs: Sequence[Importance], patterns: Sequence[str]) -> list[Importance]:
@@ -165,7 +170,7 @@ def _forms(inputs: Sequence[Importance], computed: bool) -> dict[str, str]:
 
 def _written(
     target: Path, given: Sequence[Importance], forms: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]],
-    means: Sequence[float], factors: tuple[float, ...] | None, tick: Tick,
+    means: Sequence[float], factors: tuple[float, ...] | None, wide: dict[str, int], tick: Tick,
 ) -> Converted:  # fmt: skip
     about = given[0].about
     for other in given[1:]:
@@ -183,7 +188,7 @@ def _written(
             writer.add(name, kept, stats)
             nbytes += kept.nbytes
             tick(kept.numel)
-    return Converted(str(target), writer.nbytes, nbytes, about, dict(forms), losses)
+    return Converted(str(target), writer.nbytes, nbytes, about, dict(forms), losses, wide)
 
 
 def _combined(

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.measure import Measurement
-from rich.table import Table
-
+from . import columns
+from .columns import Column, Grid
 from .drawing import as_bytes
 
 if TYPE_CHECKING:
@@ -19,11 +17,11 @@ if TYPE_CHECKING:
     from ..importance.conversion import Converted
     from ..importance.inspection import Inspection, Row
 
-WIDEST = 1000  # columns of a terminal, more than any table has
 SAME = 1e-6  # relative: sums in another order
 TOP = 10  # tensors listed where nothing is said
 BARS = "▁▂▃▄▅▆▇█"
 LONGEST = 24  # characters of a histogram
+MOST = 0.6  # of the pull: with more on one layer, little else is held
 
 
 def sparkline(counts: Sequence[int]) -> str:
@@ -50,11 +48,10 @@ def show(found: Inspection, top: int | None, console: Console) -> None:
     """Print what a file holds for people."""
     for line in heading(found):
         _say(console, line)
-    tables = [layers(found), tensors(found, TOP if top is None else top)]
+    tables = {"layers": layers(found), "tensors": tensors(found, TOP if top is None else top)}
     if found.total.losses:
-        tables.append(encodings(found))
-    _print(console, tables)
-    for line in notes(found):
+        tables["encodings"] = encodings(found)
+    for line in [*columns.show(tables, console), *verdict(found), *notes(found)]:
         _say(console, line)
 
 
@@ -71,10 +68,10 @@ def heading(found: Inspection) -> list[str]:
     alphas = found.coefficients
     weighed = "all importance is 0, so that no layer can be weighed"
     if alphas is not None:
-        temperature = "" if alphas.temperature is None else f", T {alphas.temperature:.4g}"
+        temperature = "" if alphas.temperature is None else f", temperature {alphas.temperature:.4g}"
         weighed = (
-            f"coefficients: {alphas.rule} by {alphas.by}{temperature}; as if {alphas.effective_layers:.1f} of "
-            f"{len(alphas)} layers weighed alike"
+            f"coefficients: {alphas.rule} by {alphas.by}{temperature}; spread as if {alphas.effective_layers:.1f} of "
+            f"{len(alphas)} layers counted equally"
         )
     return [
         f"{file['path']}: {file['bytes']:,} bytes, format version {file['format_version']}, "
@@ -86,50 +83,65 @@ def heading(found: Inspection) -> list[str]:
     ]
 
 
-def layers(found: Inspection) -> Table:
+def layers(found: Inspection) -> Grid:
     """Return the table of layers, with all of the file below."""
-    shown = _table("layer")
-    forms = list(found.total.losses)
-    kept = _drifted(found)
-    signed = found.total.negative_share is not None
-    bins = bins_shown(found.total.stats.histogram)
-    heads = ["α", "share of\nα·Ω", "mass\nΣΩ", "mean\nΩ", "max\nΩ", *(["\nω < 0"] if signed else [])]
-    heads += [*(f"{form}\nerror" for form in forms), *(["kept\n‖Ω‖"] if kept else []), "bytes", "\nΩ ≈ 0"]
-    for head in heads:
-        shown.add_column(head, justify="right", no_wrap=True)
-    shown.add_column("histogram", no_wrap=True)
-    for row in (*found.layers, found.total):
-        whole = row is found.total
-        cells = [
-            "" if row.alpha is None else f"{row.alpha:.4f}",
-            *_numbers(row),
-            *([_percent(row.negative_share)] if signed else []),
-            *(_percent(row.losses[form].rms) if form in row.losses else "" for form in forms),
-            *([_percent(row.drift.against(row.stats)["l2"], signed=True) if row.drift else ""] if kept else []),
-            as_bytes(row.nbytes),
-            *_histogram(row, bins),
-        ]
-        shown.add_row(row.name, *cells, style="bold" if whole else None, end_section=row is found.layers[-1])
-    return shown
+    shown = [
+        Column("layer", lambda row: row.name, right=False),
+        Column("coeff.", lambda row: "" if row.alpha is None else f"{row.alpha:.4f}"),
+        *_numbers(),
+    ]
+    if found.total.negative_share is not None:
+        shown.append(Column("lost\nat 0", lambda row: _percent(row.negative_share), 2))
+    shown += [_error(form, 7) for form in found.total.losses]
+    if _drifted(found):
+        shown.append(Column("change\nof norm", _norm_change, 1))
+    return Grid(found.layers, [*shown, *_sizes(found)], found.total)
 
 
-def tensors(found: Inspection, top: int) -> Table:
+def _error(form: str, spare: int) -> Column:
+    return Column(f"{form}\nerror", lambda row: _percent(row.losses[form].rms) if form in row.losses else "", spare)
+
+
+def _norm_change(row: Row) -> str:
+    return _percent(row.drift.against(row.stats)["l2"], signed=True) if row.drift else ""
+
+
+def tensors(found: Inspection, top: int) -> Grid:
     """Return the table of the tensors with the largest share."""
     order = sorted(found.tensors, key=lambda row: -(row.share or 0.0))[:top]
-    shown = _table(f"the {len(order)} tensors with most of it" if len(order) < len(found.tensors) else "tensor")
+    first = f"the top {len(order)} tensors" if len(order) < len(found.tensors) else "tensor"
+    shown = [
+        Column(first, lambda row: row.name, right=False),
+        Column("kept as", lambda row: row.form, 2, right=False),
+        Column("shape", lambda row: "×".join(map(str, row.shape)) or "scalar", 1),
+        *_numbers(),
+    ]
+    if any(row.stats.nonfinite for row in order):
+        shown.append(Column("not\nfinite", lambda row: f"{row.stats.nonfinite:,}"))
+    return Grid(order, [*shown, *_sizes(found)])
+
+
+def _numbers() -> list[Column]:
+    return [
+        Column("share\nof pull", lambda row: _percent(row.share)),
+        Column("sum\nof Ω", lambda row: f"{row.mass:.3g}", 1),
+        Column("mean\nΩ", lambda row: f"{row.stats.mean:.3g}", 4),
+        Column("max\nΩ", lambda row: f"{row.stats.max:.3g}", 3),
+    ]
+
+
+def _sizes(found: Inspection) -> list[Column]:
     bins = bins_shown(found.total.stats.histogram)
-    bad = any(row.stats.nonfinite for row in order)
-    shown.add_column("kept as", no_wrap=True)
-    heads = ["shape", "share of\nα·Ω", "mass\nΣΩ", "mean\nΩ", "max\nΩ", *(["not\nfinite"] if bad else []), "bytes"]
-    for head in (*heads, "\nΩ ≈ 0"):
-        shown.add_column(head, justify="right", no_wrap=True)
-    shown.add_column("histogram", no_wrap=True)
-    for row in order:
-        shape = "×".join(map(str, row.shape)) or "scalar"
-        counted = [f"{row.stats.nonfinite:,}"] if bad else []
-        cells = [row.form, shape, *_numbers(row), *counted, as_bytes(row.nbytes), *_histogram(row, bins)]
-        shown.add_row(row.name, *cells)
-    return shown
+    return [
+        Column("size", lambda row: as_bytes(row.nbytes), 6),
+        Column("near\n0", lambda row: _percent(row.stats.histogram[0] / max(1, sum(row.stats.histogram))), 8),
+        Column(
+            "histogram",
+            lambda row: sparkline([sum(row.stats.histogram[b] for b in part) for part in bins]),
+            5,
+            right=False,
+        ),
+    ]
 
 
 def _drifted(found: Inspection) -> bool:
@@ -138,52 +150,91 @@ def _drifted(found: Inspection) -> bool:
     return any(abs(value or 0.0) > SAME for drift in drifts for value in drift.values())
 
 
-def encodings(found: Inspection) -> Table:
+def encodings(found: Inspection) -> Grid:
     """Return the table of what other forms would lose."""
-    shown = _table("if kept as")
-    for head in ("bytes", "RMS error", "worst, of\nthe largest Ω"):
-        shown.add_column(head, justify="right", no_wrap=True)
-    shown.add_column("at", no_wrap=True)
-    for form, loss in found.total.losses.items():
-        shown.add_row(form, as_bytes(loss.nbytes), _percent(loss.rms), _percent(loss.worst), _element(loss))
-    return shown
+    shown = [
+        Column("if kept as", lambda entry: entry[0], right=False),
+        Column("size", lambda entry: as_bytes(entry[1].nbytes)),
+        Column("error", lambda entry: _percent(entry[1].rms)),
+        Column("worst, of\nthe max Ω", lambda entry: _percent(entry[1].worst)),
+        Column("worst at", lambda entry: _element(entry[1]), 1, right=False),
+    ]
+    return Grid(list(found.total.losses.items()), shown)
+
+
+def verdict(found: Inspection) -> list[str]:
+    """Say that one layer has most of the pull, and which coefficients would spread it, as a sentence or none."""
+    alphas = found.coefficients
+    largest = max(found.layers, key=lambda row: row.share or 0.0)
+    share = largest.share or 0.0
+    if alphas is None or len(found.layers) < 2 or share <= MOST:
+        return []
+    said = f"Verdict: {largest.name} has {_percent(share)} of the pull, so that the rest of the model is hardly held"
+    better = []
+    for rule in ("uniform", "proportional"):
+        pulls = [row.mass * (row.stats.l2 if rule == "proportional" else 1.0) for row in found.layers]
+        under = max(pulls) / sum(pulls)
+        if rule != alphas.rule and under < share:
+            better.append(f"--coeffs {rule} (largest share {_percent(under)})")
+            if rule == "uniform" and alphas.rule == "softmax":
+                better.append(f"a --temperature above {alphas.temperature:.4g}")
+    if not better:
+        return [f"{said}; other coefficients do not spread it, because its importance itself is that much larger."]
+    return [f"{said}; try {' or '.join(better)}."]
 
 
 def notes(found: Inspection) -> list[str]:
     """Say how to read the tables."""
-    said = []
+    said = [
+        "Ω: the importance of one weight. Share of pull: the row's part of Σ α·Ω, with the layer's coefficient α "
+        "(coeff.): where training will be held back most."
+    ]
     bins = bins_shown(found.total.stats.histogram)
     if bins:
         low, high = 4.0 ** bins[0].start * 2.0**-63, 4.0 ** bins[-1].stop * 2.0**-63
         said.append(
-            f"histogram: Ω from {low:.1e} to {high:.1e}, each character a factor of {4 ** len(bins[0])}; "
-            "Ω ≈ 0: below 4.3e-19."
+            f"Histogram: Ω from {low:.1e} to {high:.1e}, each character a factor of {4 ** len(bins[0])}. "
+            "Near 0: weights with Ω below 4.3e-19."
         )
     if found.total.negative_share is not None:
-        said.append("ω < 0: part of Σ|ω| that was negative, which the clamp at 0 dropped.")
+        said.append("Lost at 0: part of the recorded Σ|ω| that was negative and was set to 0.")
     if found.total.losses:
-        said.append("RMS error: ‖Ω̂ − Ω‖ / ‖Ω‖ of the tensors that the form takes; the others stay fp32.")
-    if found.total.drift is not None:
-        drift = found.total.drift.against(found.total.stats)
-        names = {"mass": "ΣΩ", "l2": "‖Ω‖", "max": "max Ω"}
-        parts = [f"{names[key]} {_percent(value, signed=True)}" for key, value in drift.items() if value is not None]
-        what = "kept against the original's statistics" if _drifted(found) else "as the statistics say"
-        said.append(f"{what}: {', '.join(parts)}.")
+        said.append("Error: RMS, ‖Ω̂ − Ω‖ / ‖Ω‖, over the tensors that take the form; the others stay fp32.")
+    said += _agreement_with_statistics(found)
     return [*said, *([found.left_out] if found.left_out else []), *(f"PROBLEM: {text}" for text in found.problems)]
+
+
+def _agreement_with_statistics(found: Inspection) -> list[str]:
+    """Say whether the values are those of which the file has statistics, as a sentence or none."""
+    if found.total.drift is None:
+        return []
+    drift = found.total.drift.against(found.total.stats)
+    names = {"mass": "sum of Ω", "l2": "norm ‖Ω‖", "max": "largest Ω"}
+    known = {names[key]: value for key, value in drift.items() if value is not None}
+    if not known:
+        return []
+    if _drifted(found):
+        parts = [f"{name} {_percent(value, signed=True)}" for name, value in known.items()]
+        return [f"The encoded file differs from the statistics recorded before encoding: {', '.join(parts)}."]
+    if set(found.header["forms"]) <= {"fp32", "fp64"}:
+        return [f"The values agree with the statistics recorded with them: {', '.join(known)}."]
+    return [f"The encoded file agrees with the statistics recorded before encoding: {', '.join(known)}."]
 
 
 def show_comparison(found: Comparison, console: Console) -> None:
     """Print how two files agree."""
     _say(console, f"A: {found.first}\nB: {found.second}")
-    shown = _table("layer")
-    top = f"top {100 * found.top:g} %\nshared"
-    for head in ("elements", "rank\ncorrelation", "log\ncorrelation", "\ncosine", top, "ΣΩ\nB / A"):
-        shown.add_column(head, justify="right", no_wrap=True)
-    for row in (*found.layers, found.total):
-        whole = row is found.total
-        shown.add_row(*_agreement(row), style="bold" if whole else None, end_section=row is found.layers[-1])
-    _print(console, [shown])
-    for line in comparison_notes(found):
+    shown = [
+        Column("layer", lambda row: row.name, right=False),
+        Column("elements", lambda row: f"{row.elements:,}", 2),
+        Column("rank\ncorrelation", _rank_correlation),
+        Column("log\ncorrelation", lambda row: _fraction(row.log_correlation), 1),
+        Column("cosine", lambda row: _fraction(row.cosine)),
+        Column(f"top {100 * found.top:g} %\nshared", lambda row: f"{100 * row.overlap:.1f} %"),
+        Column("sum of Ω\nB / A", lambda row: "—" if row.scale_ratio is None else f"{row.scale_ratio:.4g}", 3),
+    ]
+    left = columns.show({"layers": Grid(found.layers, shown, found.total)}, console)
+    for line in [*left, *comparison_notes(found)]:
         _say(console, line)
 
 
@@ -213,6 +264,9 @@ def show_conversion(done: Converted, before: Sequence[dict[str, Any]], console: 
     normalized = ", normalized" if about["normalized"] else ""
     _say(console, f"wrote {done.path}: {about['tensors']:,} tensors ({kept}), {done.nbytes:,} bytes")
     _say(console, f"      {about['method']}, {about['steps']:,} steps or samples{normalized}")
+    if done.wide:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in done.wide.items())
+        _say(console, f"{sum(done.wide.values()):,} of {about['tensors']:,} tensors stay fp32: {reasons}")
     if done.loss is not None:
         _say(
             console,
@@ -221,32 +275,19 @@ def show_conversion(done: Converted, before: Sequence[dict[str, Any]], console: 
         )
 
 
-def _agreement(row: Agreement) -> list[str]:
+def _rank_correlation(row: Agreement) -> str:
     sampled = "~" if row.ranked < row.elements else ""
-    ratio = "—" if row.scale_ratio is None else f"{row.scale_ratio:.4g}"
-    return [
-        row.name,
-        f"{row.elements:,}",
-        "—" if row.rank_correlation is None else f"{sampled}{row.rank_correlation:.4f}",
-        *("—" if value is None else f"{value:.4f}" for value in (row.log_correlation, row.cosine)),
-        f"{100 * row.overlap:.1f} %",
-        ratio,
-    ]
+    return "—" if row.rank_correlation is None else f"{sampled}{row.rank_correlation:.4f}"
+
+
+def _fraction(value: float | None) -> str:
+    return "—" if value is None else f"{value:.4f}"
 
 
 def _element(loss: Loss) -> str:
     if not loss.name or not loss.worst:
         return "—"
     return f"{loss.name}[{', '.join(map(str, loss.at))}]: {loss.original:.3g} → {loss.decoded:.3g}"
-
-
-def _numbers(row: Row) -> list[str]:
-    return [_percent(row.share), *(f"{value:.3g}" for value in (row.mass, row.stats.mean, row.stats.max))]
-
-
-def _histogram(row: Row, bins: Sequence[range]) -> list[str]:
-    counts = row.stats.histogram
-    return [_percent(counts[0] / max(1, sum(counts))), sparkline([sum(counts[b] for b in part) for part in bins])]
 
 
 def _percent(value: float | None, signed: bool = False) -> str:
@@ -264,24 +305,6 @@ def _percent(value: float | None, signed: bool = False) -> str:
     digits = 1 if size >= 10 else 2 if size >= 1 else 3
     text = f"{per_cent:{'+' if signed else ''}.{digits}f}"
     return f"{'<' if size < 5e-4 else ''}{text if size >= 5e-4 else '0.001'} %"
-
-
-def _table(first: str) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    shown.add_column(first, no_wrap=True)
-    return shown
-
-
-def _print(console: Console, tables: Sequence[Table]) -> None:
-    """Print tables as wide as they are: what a terminal wraps can be read, what is cut cannot."""
-    usual = console.width
-    for table in tables:
-        wanted = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
-        console.width = max(usual, wanted)
-        console.print()
-        console.print(table, crop=False)
-        console.width = usual
-    console.print()
 
 
 def _say(console: Console, text: str) -> None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ... import _validate_data as validate
+from ..endings import TABLES, TEXT
 from .source import Source
 
-TEXT = (".txt", ".text", ".md", ".rst")
-TABLES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _ABOUT = re.compile(r"(readme|license|licence|changelog)\b", re.IGNORECASE)
 _ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w\[\]:%+-]+))?")  # owner/name:split
 
