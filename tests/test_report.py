@@ -84,9 +84,6 @@ def small(**options):
     return Page(**{"title": "T", "subtitle": "s", "summary": ["One."], "charts": [chart], "data": {"a": 1.5}} | options)
 
 
-# ---------------------------------------------------------------- the file
-
-
 def test_every_id_is_unique_and_every_reference_is_met(whole):
     _, reader = whole
     assert len(reader.ids) == len(set(reader.ids))
@@ -168,9 +165,6 @@ def test_without_a_baseline_charts_say_how_to_get_one():
     ]  # fmt: skip
 
 
-# ---------------------------------------------------------------- the same results, the same bytes
-
-
 def test_the_same_results_give_the_same_bytes(tmp_path):
     import matplotlib
 
@@ -206,9 +200,6 @@ def test_a_page_that_fails_leaves_the_old_one(tmp_path):
         write(small(title="new", charts=[Chart("line", "", "", fail, [], [])]), tmp_path)
     assert (index.read_bytes(), picture.read_bytes()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "line.png"]
-
-
-# ---------------------------------------------------------------- numbers and names
 
 
 def test_nan_and_infinity_are_null_and_leave_gaps():
@@ -265,9 +256,6 @@ def test_numbers_keep_their_value_beside_what_is_shown():
 def test_embedded_json_has_no_tag():
     assert json.loads(embedded({"a": HOSTILE, "b": [math.inf, "\u2028"]})) == {"a": HOSTILE, "b": [None, "\u2028"]}
     assert "<" not in embedded([HOSTILE])
-
-
-# ---------------------------------------------------------------- words
 
 
 def test_the_summary_says_the_numbers_of_the_results():
@@ -339,9 +327,6 @@ def test_the_demo_names_its_arms_and_numbers():
                     zip(run["steps"], run["points"]["test"], strict=True)}  # fmt: skip
 
 
-# ---------------------------------------------------------------- colours
-
-
 def luminance(colour):
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
@@ -369,9 +354,6 @@ def test_colours_stand_out_from_the_surface(form):
     for alpha in (FAINTEST, 0.5, STRONGEST):
         assert contrast(colours["ink"], mixed(colours["heat"], colours["surface"], alpha)) >= 4.5
     assert len({colour.light for colour in palette.COLOURS}) == len(palette.COLOURS)
-
-
-# ---------------------------------------------------------------- the command
 
 
 def invoke(*arguments):

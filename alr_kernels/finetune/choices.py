@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .. import _validate_choices as check
-from .evaluation import IGNORED, losses
+from ..importance.estimators.objectives import IGNORED
+from .evaluation import losses
 from .questions import Question
 
 if TYPE_CHECKING:

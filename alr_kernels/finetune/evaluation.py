@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional
 
 from .. import _validate_choices
+from ..importance.estimators.objectives import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
-IGNORED = -100  # label of a token that does not count, as in transformers
 CHUNK_BYTES = 64 << 20  # of float32 logits that exist at a time
 
 

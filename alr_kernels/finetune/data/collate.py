@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _validate_data as validate
-from .packing import IGNORED
+from ...importance.estimators.objectives import IGNORED
 
 
 class Collator:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ... import _validate_data as validate
+from ...importance.estimators.objectives import IGNORED
 from . import packing as sequences
 from .formats import TEXT
-from .packing import IGNORED
 from .rows import BATCH_CHARACTERS, BATCH_ROWS
 from .sides import Side, divide
 from .source import Progress, Source, Texts

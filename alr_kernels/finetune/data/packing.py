@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-IGNORED = -100  # a label that is not in the loss, for torch's cross_entropy and transformers
+from ...importance.estimators.objectives import IGNORED
+
 Sequence = tuple[list[int], list[int]]
 
 

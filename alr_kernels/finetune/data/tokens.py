@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ... import _validate_data as validate
+from ...importance.estimators.objectives import IGNORED
 from . import packing
 from .formats import CHAT, PAIRS
-from .packing import IGNORED
 
 
 @dataclass
