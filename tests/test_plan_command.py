@@ -75,7 +75,7 @@ def test_a_missing_file() -> None:
 
 
 PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```\n\$ alr-kernels (plan (?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = re.findall(r"```console\n\$ alr-kernels (plan (?:[^\n]*\\\n)*[^\n]*)\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
