@@ -60,7 +60,7 @@ def command(body: Callable[[Call], None]) -> Callable[..., None]:
     parameters += [_hidden(entry) for _, entry in fields_of(verb) if isinstance(entry.default, bool)]
     called.__name__, called.__doc__ = verb, _unwrapped(inspect.getdoc(body) or "")
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # a function has any
     return called
 
 

@@ -57,7 +57,7 @@ def quiet(verb: str, main: bool = True, debug: bool = False) -> Iterator[None]:
 
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.showwarning = show  # type: ignore[assignment]  # its stub has other parameters
             yield
     finally:
         for name, level in levels.items():
@@ -68,7 +68,7 @@ def _is_ours() -> bool:
     """Whether the code that warns is this package's, wherever its warning points to."""
     frame = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back  # type: ignore[assignment]  # None ends the loop
     return frame is not None and frame.f_code.co_filename.startswith(PACKAGE)
 
 

@@ -19,7 +19,7 @@ from . import config_file
 try:
     import fcntl
 except ImportError:  # Windows: nothing tells two runs in one folder apart
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # asked for at each use
 
 BEGUN = "begun.yaml"  # in the work folder: the card of the run while it is not done
 FACTS = "begun.json"  # fingerprints of what it began with

@@ -160,7 +160,7 @@ def _indexed(value: Any, column: str, where: str, first: int, count: int) -> int
     index = _whole(value)
     found = _letter(value) if index is None else index - first
     check.answer_index(where, column, value, found, first, count)
-    return found  # type: ignore[return-value]
+    return found  # type: ignore[return-value]  # checked above
 
 
 def _first_option(values: Sequence[Any], name: str) -> int:

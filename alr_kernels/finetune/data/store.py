@@ -56,7 +56,7 @@ class Store:
             folder = self._where or Path(_folder().name)
             handle, name = tempfile.mkstemp(".arrow", dir=folder)
             self.path = Path(name)
-            self._file = open(handle, "wb")  # noqa: SIM115
+            self._file = open(handle, "wb")  # noqa: SIM115 - until close()
             self._writer = pa.ipc.new_stream(self._file, self.schema)
         try:
             for waiting in (*self._batches, batch):
