@@ -13,6 +13,7 @@ import torch
 import yaml
 from refusals_finetune import of
 
+from alr_kernels._plain import plain
 from alr_kernels.finetune import card
 from alr_kernels.finetune.lora_spec import LoraSpec
 from alr_kernels.finetune.options import PARTS
@@ -137,10 +138,10 @@ def test_plain_values():
         1: (np.int64(2), np.bool_(True), torch.tensor([1.0, math.nan])),
         "set": {"b", "a"}, "spec": spec, "none": None, "true": True, "text": np.str_("x"), "big": -math.inf,
     }  # fmt: skip
-    plain = card.plain(value)
-    assert plain == {
+    found = plain(value)
+    assert found == {
         "1": [2, True, [1.0, None]], "set": ["a", "b"], "none": None, "true": True, "text": "x", "big": None,
         "spec": {"r": 2, "alpha": 4.0, "targets": ["a"], "dropout": 0.0, "rslora": False},
     }  # fmt: skip
-    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
-    assert [type(entry) for entry in plain["1"][:2]] == [int, bool]
+    assert yaml.safe_load(yaml.safe_dump(found)) == found
+    assert [type(entry) for entry in found["1"][:2]] == [int, bool]

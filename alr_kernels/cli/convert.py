@@ -97,10 +97,10 @@ def convert(
                 merge=merge and merge.value, weights=weight or (), dtype=dtype and dtype.value, tick=tick,
             )  # fmt: skip
         if as_json:
-            from ..report.page import finite
+            from .._plain import plain
 
             said = {**done.as_dict(), "inputs": before}
-            typer.echo(json.dumps(finite(said), indent=1, ensure_ascii=False, allow_nan=False))
+            typer.echo(json.dumps(plain(said), indent=1, ensure_ascii=False, allow_nan=False))
             return
         from ..report import importance_table
 

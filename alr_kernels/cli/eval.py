@@ -193,7 +193,7 @@ def _results(given: dict[str, Any]) -> dict[str, Any]:
     _paths_there(given)
     from rich.console import Console
 
-    from ..finetune.card import plain
+    from .._plain import plain
 
     console = Console(file=sys.stderr)
     with console.status("importing torch and transformers"):

@@ -83,9 +83,9 @@ def inspect(
         found = _inspected(file, coeffs.value, temperature, by and by.value, encodings, top, plot, as_json)
         written = _drawn(found, plot, html)
         if as_json:
-            from ..report.page import finite
+            from .._plain import plain
 
-            typer.echo(json.dumps(finite(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False))
+            typer.echo(json.dumps(plain(found.as_dict()), indent=1, ensure_ascii=False, allow_nan=False))
         else:
             from ..report import importance_table
 

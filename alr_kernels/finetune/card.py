@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _environment, _validate_finetune
 from .._files import replaced
+from .._plain import plain
 from . import config_file
 from .config_file import CARD, CARD_VERSION, yaml
 from .options import fields_of
@@ -112,30 +111,3 @@ def same_run(path: Path | str, settings: Settings) -> None:
         if name not in FREE and name in then and then[name] != value
     }
     _validate_finetune.same_options(Path(path), differing)
-
-
-def plain(value: Any) -> Any:
-    """Return a value made of dicts, lists, texts and numbers alone, as YAML and JSON hold; NaN and infinities are None.
-
-    >>> plain({"nll": float("nan"), "shape": (2, 3), "file": Path("a")})
-    {'nll': None, 'shape': [2, 3], 'file': 'a'}
-    """
-    if value is None or isinstance(value, (bool, str)):
-        return str(value) if isinstance(value, str) else value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return plain(asdict(value))
-    if isinstance(value, (set, frozenset)):
-        return sorted(map(plain, value))
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if hasattr(value, "tolist"):  # of numpy and torch, one number or many
-        return plain(value.tolist())
-    return str(value)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _environment, _validate_choices, _validate_finetune
+from .._plain import plain
 from . import questions, seen
 from .choices import Answers, answer
 from .evaluation import IGNORED, Losses, losses
@@ -228,7 +229,7 @@ def _changes(before: Measured, after: Measured, request: Request) -> dict[str, A
     nll: dict[str, Change] = {}
     for name, text in after.texts.items():
         earlier = before.texts[name]
-        changes[name] = {"nll": None, "bits_per_byte": _finite(text.bits_per_byte - earlier.bits_per_byte)}
+        changes[name] = {"nll": None, "bits_per_byte": plain(text.bits_per_byte - earlier.bits_per_byte)}
         if text.fingerprint == earlier.fingerprint:
             nll[name] = paired([_difference(earlier.losses, text.losses)], request.seed)
             changes[name]["nll"] = nll[name].as_dict()
@@ -299,10 +300,6 @@ def _oddities(before: Measured | None, after: Measured) -> list[str]:
                     f"{model}: {answers.truncated} questions of {name} were too long and lost their beginning."
                 )
     return notes
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _options(request: Request) -> dict[str, Any]:

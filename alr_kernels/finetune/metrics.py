@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import replaced
-from .card import plain
+from .._plain import plain
 
 DRIFT = "alr/anchor_drift/"
 

@@ -14,7 +14,7 @@ from .. import state as _state
 from ..codecs import rounding
 from ..codecs.encoded import Encoded
 from ..importance.sharded import encoded_part
-from ..importance.statistics import BINS, bin_of
+from ..importance.statistics import BINS, EDGES, bin_of
 from ..lora.reference import move, row_blocks
 from ..lora.space import factors_of
 from ..names import layer_of, module_of, unwrap
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from ..importance.artifact import Importance
     from ..lora.space import Bound
     from ..optim import AlrAdamW
-
-EDGES = tuple(4.0**b * 2.0**-63 for b in range(BINS))  # where the bins of Ω begin
 
 
 def coefficient_rows(importance: Importance, coeffs: LayerCoefficients) -> dict[str, Any]:

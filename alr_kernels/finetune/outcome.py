@@ -15,8 +15,8 @@ from typing import Any
 
 from .. import _validate_finetune, _validate_models
 from .._files import replaced, to_disk
+from .._plain import plain
 from . import config_file
-from .card import plain
 from .ownership import (
     BEGUN,
     CONFIGS,

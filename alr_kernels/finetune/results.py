@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import _environment
-from .card import plain
+from .._plain import plain
 
 if TYPE_CHECKING:
     from .job import Job

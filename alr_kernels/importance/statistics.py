@@ -15,6 +15,7 @@ from ..codecs.encoded import Encoded
 # Columns of the statistics, one float64 row per tensor; of Ω before it is encoded.
 STATISTICS = ("path_integral_sum", "negative_mass", "l2", "max", "mean", "numel", "nonfinite")
 BINS = 64  # of the histogram: bin b counts Ω in [4^b · 2^-63, 4^(b+1) · 2^-63); the first all below, the last all above
+EDGES = tuple(4.0**b * 2.0**-63 for b in range(BINS))  # where the bins begin; the first takes what is below, too
 CHUNK = 2**20  # elements looked at together, so that no temporary is as large as the tensor
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..importance.statistics import EDGES
 from . import charts, drawing
 from .page import Absent, Cell, Chart
 from .palette import BLACK, BLUE, GREEN, GREY, HEAT, VERMILLION
@@ -91,7 +92,7 @@ def _spread(found: Inspection) -> Chart | Absent:
     rows, total = ordered(found), found.total
     filled = [b for b, count in enumerate(total.stats.histogram) if count and b]
     if not filled:
-        return Absent("spread", title, "No Ω is above 4.3e-19.")
+        return Absent("spread", title, f"No Ω is above {EDGES[1]:.1e}.")
     low, high = filled[0], filled[-1]
     names = charts.shortened([row.name for row in rows])
     largest = max(max(_shares(row)[low:], default=0.0) for row in rows) or 1.0
@@ -113,7 +114,7 @@ def _spread(found: Inspection) -> Chart | Absent:
     zeros = total.stats.histogram[0] / max(1, total.stats.numel)
     note = (
         f"Weights by importance, in powers of 4: all above, each layer below, the stronger the more of its weights lie "
-        f"there. {100 * zeros:.3g} % of all have Ω below 4.3e-19, most of them 0, and are not drawn."
+        f"there. {100 * zeros:.3g} % of all have Ω below {EDGES[1]:.1e}, most of them 0, and are not drawn."
     )
     cells: list[list[Cell]] = [
         [f"{4.0**b * 2.0**EDGE:.2e} to {4.0 ** (b + 1) * 2.0**EDGE:.2e}" if b else "below 4.34e-19",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..importance.statistics import EDGES
 from . import columns
 from .columns import Column, Grid
 from .drawing import as_bytes
@@ -191,10 +192,10 @@ def notes(found: Inspection) -> list[str]:
     ]
     bins = bins_shown(found.total.stats.histogram)
     if bins:
-        low, high = 4.0 ** bins[0].start * 2.0**-63, 4.0 ** bins[-1].stop * 2.0**-63
+        low, high = EDGES[bins[0].start], 4.0 * EDGES[bins[-1].stop - 1]
         said.append(
             f"Histogram: Ω from {low:.1e} to {high:.1e}, each character a factor of {4 ** len(bins[0])}. "
-            "Near 0: weights with Ω below 4.3e-19."
+            f"Near 0: weights with Ω below {EDGES[1]:.1e}."
         )
     if found.total.negative_share is not None:
         said.append("Lost at 0: part of the recorded Σ|ω| that was negative and was set to 0.")

@@ -8,9 +8,8 @@ The same page gives the same bytes, whatever the time and the machine (of one ma
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from .. import _validate_report
 from .._files import replaced
+from .._plain import plain
 from . import style, svg
 from .svg import NARROW, WIDE, Draw, escaped
 
@@ -183,23 +183,10 @@ def embedded(data: Any) -> str:
     >>> embedded({"a": float("nan"), "b": "</script>"})
     '{"a": null, "b": "\\\\u003c/script\\\\u003e"}'
     """
-    text = json.dumps(finite(data), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(data), ensure_ascii=False, allow_nan=False)
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
-
-
-def finite(data: Any) -> Any:
-    """Return the same data with None in place of NaN and infinities.
-
-    >>> finite({"a": [1.0, float("inf")]})
-    {'a': [1.0, None]}
-    """
-    if isinstance(data, float):
-        return data if math.isfinite(data) else None
-    if isinstance(data, Mapping):
-        return {key: finite(value) for key, value in data.items()}
-    return [finite(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def shown(value: Cell, signed: bool = False) -> str:
@@ -208,7 +195,7 @@ def shown(value: Cell, signed: bool = False) -> str:
     >>> shown(0.123456), shown(1234567), shown(-0.5, signed=True), shown(None), shown(1.5e-7)
     ('0.1235', '1,234,567', '−0.5', '—', '1.5e−07')
     """
-    value = finite(value)
+    value = plain(value)
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -239,7 +226,7 @@ def _summary(page: Page) -> str:
 
 
 def _value(number: Number) -> str:
-    text, value = escaped(shown(number.value, number.signed)), finite(number.value)
+    text, value = escaped(shown(number.value, number.signed)), plain(number.value)
     path = f' data-path="{escaped(number.path)}"' if number.path else ""
     return f"<b{path}>{text}</b>" if value is None else f'<data value="{value!r}"{path}>{text}</data>'
 
@@ -294,6 +281,6 @@ def _data_cell(cell: Cell) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    text, value = escaped(shown(cell)), finite(cell)
+    text, value = escaped(shown(cell)), plain(cell)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f'<data value="{value!r}">{text}</data>' if is_number else text
