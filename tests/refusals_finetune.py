@@ -242,7 +242,7 @@ REFUSED = {
         in_file("alr_kernels_card: 2\n"), ValueError, "run card of version 2, this package reads 1",
     ),
     "card of nothing": (
-        in_folder({"a": "lr: 1\n"}, lambda f: card.read(f / "a")), ValueError, "a is no run card",
+        in_folder({"a": "lr: 1\n"}, lambda f: config_file.read_card(f / "a")), ValueError, "a is no run card",
     ),
     "card of another verb": (
         in_file(CARD.format(verb="record") + "options: {lr: 0.1}\n"),

@@ -14,7 +14,7 @@ import yaml
 from refusals_finetune import of
 
 from alr_kernels._plain import plain
-from alr_kernels.finetune import card
+from alr_kernels.finetune import card, config_file
 from alr_kernels.finetune.lora_spec import LoraSpec
 from alr_kernels.finetune.options import PARTS
 from alr_kernels.finetune.settings import resolve
@@ -56,7 +56,7 @@ def test_what_a_card_says(tmp_path):
     assert said["files"]["out"] == os.path.abspath("o")
     assert said["versions"]["torch"] == torch.__version__
     assert said["machine"]["cores"]
-    assert card.read(path) == said
+    assert config_file.read_card(path) == said
     assert path.stat().st_mode & 0o777 == 0o666 & ~_mask()
 
 

@@ -76,15 +76,6 @@ def write(
     return path
 
 
-def read(path: Path | str) -> dict[str, Any]:
-    """Return all of a card.
-
-    Raises:
-        OSError: it cannot be read. ValueError, TypeError: it is no YAML, or no card of this version.
-    """
-    return config_file.read_card(Path(path))
-
-
 def portable(settings: Settings) -> dict[str, Any]:
     """Return all options by name, with paths of what is there, and of what is written, made absolute."""
     options = settings.as_dict()
