@@ -101,6 +101,7 @@ REFUSED = {
     "option share": (
         given("tune", held_out=1.0), ValueError, r"--held-out: expected a number in \[0.0, 1.0\), got 1.0",
     ),
+    "option warmup": (given("tune", warmup=1.5), ValueError, r"--warmup: expected a number in \[0.0, 1.0"),
     "option seed": (given("tune", seed=-1), ValueError, "--seed: expected an integer in"),
     "option number of nothing": (lambda c: _validate_values.number("x", None), TypeError, "x: expected a number"),
     "option lambda": (

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
 pytest.importorskip("datasets", reason="datasets is not installed")
 
-from alr_kernels import Importance
+from alr_kernels import AlrAdamW, Importance
 from alr_kernels.finetune import phases
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*")
@@ -136,3 +136,24 @@ def test_recording_has_its_own_length_and_rate(home, tmp_path):
     log = phases.run(settings)["log"]
     assert [(entry["step"], entry["lr"]) for entry in log["record"]] == [(1, 1e-3), (2, 1e-3), (3, 1e-3)]
     assert [(entry["step"], entry["lr"]) for entry in log["tune"]] == [(1, 3e-3)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [
+        ("linear", [0, 1 / 2, 1, 2 / 3, 1 / 3]),
+        ("constant", [0, 1 / 2, 1, 1, 1]),
+        ("cosine", [0, 1 / 2, 1, 3 / 4, 1 / 4]),
+    ],
+)
+def test_the_learning_rate_rises_then_falls(home, tmp_path, monkeypatch, schedule, shares):
+    """Of five steps two are warm-up, from 0; the cosine of the rest passes 60° and 120°."""
+    taken, step = [], AlrAdamW.step
+
+    def watched(self, closure=None):
+        taken.append(self.param_groups[0]["lr"])
+        return step(self, closure)
+
+    monkeypatch.setattr(AlrAdamW, "step", watched)
+    record(home, tmp_path / "i.safetensors", steps=5, warmup=0.4, schedule=schedule, lr=2e-3)
+    assert taken == pytest.approx([2e-3 * share for share in shares])
