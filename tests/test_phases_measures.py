@@ -9,6 +9,7 @@ import finetune_cases as cases
 import pytest
 import torch
 from finetune_cases import record, tune
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="Trainer needs accelerate")
@@ -157,3 +158,29 @@ def test_the_learning_rate_rises_then_falls(home, tmp_path, monkeypatch, schedul
     monkeypatch.setattr(AlrAdamW, "step", watched)
     record(home, tmp_path / "i.safetensors", steps=5, warmup=0.4, schedule=schedule, lr=2e-3)
     assert taken == pytest.approx([2e-3 * share for share in shares])
+
+
+def test_accumulated_batches_make_the_step_of_one_large_batch(home, tmp_path):
+    """Tokens weigh the same in whichever micro-batch they are, where dropout does not tell the two apart."""
+    model = cases.model_folder(tmp_path / "still", attention_dropout=0.0)
+    options = {"model": model, "steps": 3, "weight_decay": 0.1, "loss_on": "all", "packing": False}
+
+    def trained(name, **batches):
+        record(home, tmp_path / f"{name}.safetensors", save_model=str(tmp_path / name), **batches, **options)
+        return torch.cat([t.flatten() for t in load_file(tmp_path / name / "model.safetensors").values()])
+
+    large, small = trained("large", batch=6), trained("small", batch=2, accumulate=3)
+    assert (large - small).norm() < 1e-3 * (large - trained("other", batch=2)).norm()
+
+
+@pytest.mark.parametrize(("given", "reaches"), [(None, 1.0), (0.25, 0.25), (0, None)])
+def test_gradients_are_clipped_within_the_step(home, tmp_path, monkeypatch, given, reaches):
+    seen, step = [], AlrAdamW.step
+
+    def watched(self, closure=None):
+        seen.append(self.max_grad_norm)
+        return step(self, closure)
+
+    monkeypatch.setattr(AlrAdamW, "step", watched)
+    record(home, tmp_path / "i.safetensors", steps=2, max_grad_norm=given)
+    assert seen == [reaches] * 2
